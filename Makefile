@@ -1,0 +1,46 @@
+# What a newcomer types: `make demo`, `make test`. Everything runs in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+DATASET ?= pocket-regdb
+METHOD ?= afen
+ARGS ?=
+RUN = $(BIN)/papermill nbs/train.ipynb
+
+.PHONY: demo test lab train install notebooks clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or later is needed: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Installing into .venv (once; about 6 GB with CUDA's libraries on Linux) ..."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install  ## train and evaluate AFEN on rendered people, in minutes
+	@mkdir -p runs
+	@$(RUN) runs/demo.ipynb
+	@$(BIN)/python -m afen.runs runs/demo.ipynb
+
+train: install  ## one run: make train DATASET=regdb METHOD=afen ARGS="-p trial 2"
+	@mkdir -p runs
+	@$(RUN) runs/$(DATASET)-$(METHOD).ipynb -p dataset $(DATASET) -p method $(METHOD) $(ARGS)
+	@$(BIN)/python -m afen.runs runs/$(DATASET)-$(METHOD).ipynb
+
+test: install  ## notebooks and modules in step, every notebook, every test
+	$(BIN)/python tests/in_step.py
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lab: install  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab nbs
+
+notebooks: install  ## export the modules, run every notebook, clean them
+	$(BIN)/nbdev_export
+	$(BIN)/python tests/run_notebooks.py
+	$(BIN)/nbdev_clean
+
+clean:  ## forget runs, rendered and packed images; keep data that users brought
+	rm -rf runs data/pocket data/packed

@@ -1,0 +1,663 @@
+"""Loaders and verification on trees written here: counts, draws, faults."""
+
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.io import savemat
+
+from afen import datasets
+from afen.datasets import JOINT_COLUMNS, PUBLISHED, SOURCES, load, summary, verify
+
+VISIBLE, INFRARED = (1, 2, 4, 5), (3, 6)
+SETTINGS = ("all-single", "all-multi", "indoor-single", "indoor-multi")
+DIRECTIONS = ("visible-to-infrared", "infrared-to-visible")
+
+
+# Trees: no loader opens an image, so one byte is image enough.
+
+
+def write(root: Path, path: str) -> str:
+    """Write a one-byte file and return its path."""
+    file = root / path
+    try:
+        file.write_bytes(b"x")
+    except FileNotFoundError:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"x")
+    return path
+
+
+def write_lines(file: Path, lines) -> None:
+    """Write an index file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(f"{line}\n" for line in lines))
+
+
+def regdb_tree(root: Path, people: int = 6, images: int = 3) -> Path:
+    """RegDB: half the people train, another half in each of the ten trials."""
+    pools = {
+        kind: {
+            p: [write(root, f"{kind}/{p}/f_{p}_{i}.bmp") for i in range(images)]
+            for p in range(1, people + 1)
+        }
+        for kind in ("Visible", "Thermal")
+    }
+    for trial in range(1, 11):
+        order = np.random.default_rng(trial).permutation(people) + 1
+        halves = {"train": order[: people // 2], "test": order[people // 2 :]}
+        for part, half in halves.items():
+            for kind, pool in pools.items():
+                lines = [
+                    f"{path} {label}"
+                    for label, person in enumerate(sorted(half.tolist()))
+                    for path in pool[person]
+                ]
+                write_lines(root / f"idx/{part}_{kind.lower()}_{trial}.txt", lines)
+    return root
+
+
+def sysu_tree(root: Path, ids: dict[str, list[int]], sizes: dict) -> Path:
+    """SYSU-MM01 from the number of images of each (identity, camera)."""
+    rng = np.random.default_rng(0)
+    draws = np.empty((6, 1), object)
+    for camera in range(1, 7):
+        cells = np.empty((max(max(v) for v in ids.values()), 1), object)
+        for identity in range(1, len(cells) + 1):
+            n = sizes.get((identity, camera), 0)
+            orders = [rng.permutation(n) + 1 for _ in range(10)]
+            cells[identity - 1, 0] = np.asarray(orders, np.uint16)
+            for image in range(1, n + 1):
+                write(root, f"cam{camera}/{identity:04d}/{image:04d}.jpg")
+        draws[camera - 1, 0] = cells
+    for part, people in ids.items():
+        write_lines(root / f"exp/{part}_id.txt", [",".join(map(str, people))])
+    savemat(root / "exp/rand_perm_cam.mat", {"rand_perm_cam": draws})
+    return root
+
+
+SYSU_IDS = {"train": [1, 3], "val": [2], "test": [14, 5, 110]}
+
+
+@pytest.fixture
+def sysu(tmp_path: Path) -> Path:
+    """Six people; person 5 is not in cameras 1 and 6, person 110 not in camera 2."""
+    people = sum(SYSU_IDS.values(), [])
+    sizes = {(p, c): 3 + (p + c) % 3 for p in people for c in range(1, 7)}
+    sizes |= {(14, 4): 14, (14, 1): 13}
+    for absent in ((5, 1), (5, 6), (110, 2)):
+        del sizes[absent]
+    return sysu_tree(tmp_path / "sysu", SYSU_IDS, sizes)
+
+
+@pytest.fixture
+def regdb(tmp_path: Path) -> Path:
+    return regdb_tree(tmp_path / "regdb")
+
+
+@pytest.fixture
+def llcm(tmp_path: Path) -> Path:
+    """Two training and two test people; no infrared camera 3, as in the real set."""
+    root = tmp_path / "llcm"
+    for short, cameras in (("vis", (1, 3, 9)), ("nir", (1, 9))):
+        lines = []
+        for label, person in enumerate((4, 7)):
+            for c in cameras:
+                name = f"{person:04d}_c{c:02d}_s1_f{label}_{short}.jpg"
+                lines.append(f"{write(root, f'{short}/{person:04d}/{name}')} {label}")
+        write_lines(root / f"idx/train_{short}.txt", lines)
+        for person in (12, 2):
+            for c in cameras:
+                for image in range(1 + c % 4):
+                    write(root, f"test_{short}/cam{c}/{person:04d}/{image}.jpg")
+    write_lines(root / "idx/test_id.txt", ["12,2"])
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five named people; the first without camera folders."""
+    root = tmp_path / "folder"
+    for modality in ("visible", "infrared"):
+        for name in ("ann", "bo", "cy", "di", "ed"):
+            camera = "" if name == "ann" else "cam3/"
+            write(root, f"{modality}/{name}/{camera}1.JPG")
+    return root
+
+
+# RegDB
+
+
+@pytest.mark.parametrize("trial", [1, 10])
+def test_regdb_counts(regdb, trial):
+    split = load("regdb", regdb, trial=trial)
+    assert (split.name, split.protocol, split.root) == ("regdb", "regdb", regdb)
+    assert split.train.modality.value_counts().to_dict() == dict(visible=9, infrared=9)
+    assert not set(split.train.identity) & set(split.test.identity)
+    assert sorted(split.train.label.unique()) == [0, 1, 2]
+    for row in [*split.train.itertuples(), *split.test.itertuples()]:
+        kind, person, _ = row.path.split("/")
+        assert row.modality == {"Visible": "visible", "Thermal": "infrared"}[kind]
+        assert row.identity == int(person) and (regdb / row.path).is_file()
+
+
+def test_regdb_asks_both_directions_of_one_table(regdb):
+    split = load("regdb", regdb, trial=4)
+    there, back = split.trials
+    assert (there.setting, back.setting) == DIRECTIONS and there.number == 4
+    assert set(split.test.modality[there.query]) == {"visible"}
+    assert set(split.test.modality[there.gallery]) == {"infrared"}
+    assert np.array_equal(there.query, back.gallery)
+    assert np.array_equal(there.gallery, back.query)
+
+
+def test_regdb_trial_selects_the_training_people_too(regdb):
+    seen = set()
+    for trial in range(1, 11):
+        chosen = frozenset(load("regdb", regdb, trial).train.identity)
+        lines = (regdb / f"idx/train_visible_{trial}.txt").read_text().splitlines()
+        assert chosen == {int(line.split("/")[1]) for line in lines}
+        seen.add(chosen)
+    assert len(seen) > 1
+
+
+def _append(file: Path, text: str) -> None:
+    file.write_text(file.read_text() + text)
+
+
+REGDB_FAULTS = {
+    "missing image": (
+        lambda root: next((root / "Visible/1").iterdir()).unlink(),
+        FileNotFoundError, "1 of 9 images that are not under"),
+    "missing index": (
+        lambda root: (root / "idx/test_thermal_1.txt").unlink(),
+        FileNotFoundError, "test_thermal_1.txt is missing"),
+    "empty index": (
+        lambda root: (root / "idx/test_visible_1.txt").write_text("\n \n"),
+        ValueError, "is empty"),
+    "duplicate": (
+        lambda root: _append(root / "idx/train_visible_1.txt",
+                             (root / "idx/train_visible_1.txt").read_text()),
+        ValueError, "twice"),
+    "gap": (
+        lambda root: _append(root / "idx/train_visible_1.txt",
+                             write(root, "Visible/77/a.bmp") + " 9\n"),
+        ValueError, "label 3 is missing"),
+    "two people": (
+        lambda root: _append(root / "idx/train_visible_1.txt",
+                             write(root, "Visible/77/a.bmp") + " 2\n"),
+        ValueError, "label 2 has more than one identity"),
+    "no label": (
+        lambda root: _append(root / "idx/train_visible_1.txt", "Visible/1/a.bmp\n"),
+        ValueError, "line 10: 'Visible/1/a.bmp'"),
+    "no identity": (
+        lambda root: _append(root / "idx/train_visible_1.txt",
+                             write(root, "Visible/x/a.bmp") + " 0\n"),
+        ValueError, "not an identity number"),
+    "one modality": (
+        lambda root: _append(root / "idx/train_visible_1.txt",
+                             write(root, "Visible/77/a.bmp") + " 3\n"),
+        ValueError, "no infrared training image of identity 77"),
+}
+
+
+@pytest.mark.parametrize("fault", REGDB_FAULTS)
+def test_regdb_faults(regdb, fault):
+    damage, error, sentence = REGDB_FAULTS[fault]
+    damage(regdb)
+    with pytest.raises(error, match=sentence):
+        load("regdb", regdb)
+
+
+@pytest.mark.parametrize("trial", [0, 11, -1])
+def test_regdb_has_ten_trials(regdb, trial):
+    with pytest.raises(ValueError, match="splits 1 to 10"):
+        load("regdb", regdb, trial=trial)
+
+
+def test_someone_in_training_and_in_test(regdb):
+    shutil.copy(regdb / "idx/train_visible_1.txt", regdb / "idx/test_visible_1.txt")
+    with pytest.raises(ValueError, match="in training and in test"):
+        load("regdb", regdb)
+
+
+# SYSU-MM01
+
+
+def naive_random(root: Path, ids, cameras, number: int) -> list[str]:
+    """One image of each person and camera, with the global generator, file by file."""
+    state = random.getstate()
+    random.seed(number)
+    chosen = []
+    for person in sorted("%04d" % identity for identity in ids):
+        for camera in cameras:
+            place = root / f"cam{camera}" / person
+            if place.is_dir():
+                files = sorted(p.relative_to(root).as_posix() for p in place.iterdir())
+                chosen.append(random.choice(files))
+    random.setstate(state)
+    return chosen
+
+
+def naive_official(root: Path, ids, cameras, number: int, shots: int) -> list[str]:
+    """The first columns of row `number`, read straight from the official file."""
+    from scipy.io import loadmat
+
+    draws = loadmat(root / "exp/rand_perm_cam.mat")["rand_perm_cam"]
+    chosen = []
+    for identity in sorted(ids):
+        for camera in cameras:
+            order = draws[camera - 1][0][identity - 1][0]
+            if order.size:
+                for image in order[number][:shots]:
+                    chosen.append(f"cam{camera}/{identity:04d}/{image:04d}.jpg")
+    return chosen
+
+
+def test_sysu_parts(sysu):
+    split = load("sysu", sysu)
+    assert sorted(split.train.identity.unique()) == [1, 2, 3]
+    assert sorted(split.test.identity.unique()) == [5, 14, 110]
+    assert sorted(split.train.label.unique()) == [0, 1, 2]
+    assert split.train.groupby("identity").label.nunique().eq(1).all()
+    on_disk = sorted(p.relative_to(sysu).as_posix() for p in sysu.glob("cam*/*/*.jpg"))
+    assert sorted([*split.train.path, *split.test.path]) == on_disk
+    for row in split.test.itertuples():
+        assert row.path.startswith(f"cam{row.camera}/{row.identity:04d}/")
+        assert row.modality == ("infrared" if row.camera in INFRARED else "visible")
+
+
+def test_sysu_trials(sysu):
+    split = load("sysu", sysu)
+    names = [(trial.setting, trial.number) for trial in split.trials]
+    assert names == [(setting, number) for setting in SETTINGS for number in range(10)]
+    infrared = np.flatnonzero(split.test.camera.isin(INFRARED))
+    for trial in split.trials:
+        assert np.array_equal(trial.query, infrared)
+        cells = split.test.iloc[trial.gallery].groupby(["identity", "camera"]).size()
+        cameras = VISIBLE if trial.setting.startswith("all") else (1, 2)
+        assert set(cells.index.get_level_values("camera")) == set(cameras)
+        assert len(np.unique(trial.gallery)) == len(trial.gallery)
+        for (identity, camera), drawn in cells.items():
+            n = len(list((sysu / f"cam{camera}/{identity:04d}").iterdir()))
+            assert drawn == (1 if trial.setting.endswith("single") else min(10, n))
+
+
+def test_random_gallery_equals_a_naive_draw(sysu):
+    split = load("sysu", sysu)
+    for trial in split.trials:
+        if trial.setting.endswith("single"):
+            cameras = VISIBLE if trial.setting.startswith("all") else (1, 2)
+            naive = naive_random(sysu, SYSU_IDS["test"], cameras, trial.number)
+            assert split.test.path[trial.gallery].tolist() == naive
+
+
+def test_official_gallery_equals_a_naive_draw(sysu):
+    split = load("sysu", sysu, gallery="official")
+    for trial in split.trials:
+        cameras = VISIBLE if trial.setting.startswith("all") else (1, 2)
+        shots = 1 if trial.setting.endswith("single") else 10
+        naive = naive_official(sysu, SYSU_IDS["test"], cameras, trial.number, shots)
+        assert split.test.path[trial.gallery].tolist() == naive
+
+
+def test_galleries_are_the_same_in_every_call_and_leave_the_global_stream(sysu):
+    random.seed(5)
+    state = random.getstate()
+    first, second = load("sysu", sysu, seed=0), load("sysu", sysu, seed=1)
+    assert random.getstate() == state
+    for one, other in zip(first.trials, second.trials, strict=True):
+        assert np.array_equal(one.gallery, other.gallery)
+
+
+def test_sysu_ids_from_mat(sysu):
+    expected = load("sysu", sysu)
+    for part, people in SYSU_IDS.items():
+        (sysu / f"exp/{part}_id.txt").unlink()
+        savemat(sysu / f"exp/{part}_id.mat", {"id": np.array([people], np.uint16)})
+    found = load("sysu", sysu)
+    pd.testing.assert_frame_equal(found.train, expected.train)
+    pd.testing.assert_frame_equal(found.test, expected.test)
+
+
+def test_repeated_ids_do_not_repeat_images(sysu):
+    n_queries = len(load("sysu", sysu).trials[0].query)
+    write_lines(sysu / "exp/test_id.txt", ["14,5,110,14,5"])
+    assert len(load("sysu", sysu).trials[0].query) == n_queries
+
+
+def test_strays_change_nothing(sysu):
+    expected = load("sysu", sysu)
+    for place in [*sysu.glob("cam*"), *sysu.glob("cam*/*")]:
+        for stray in ("Thumbs.db", ".DS_Store", "._0001.jpg"):
+            (place / stray).touch()
+    found = load("sysu", sysu)
+    pd.testing.assert_frame_equal(found.test, expected.test)
+    assert all(
+        np.array_equal(a.gallery, b.gallery)
+        for a, b in zip(found.trials, expected.trials, strict=True)
+    )
+
+
+@pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".bmp", ".PNG"])
+def test_odd_extensions(sysu, suffix):
+    n_images = len(load("sysu", sysu).test)
+    for file in list(sysu.glob("cam*/0014/*.jpg")):
+        file.rename(file.with_suffix(suffix))
+    for gallery in ("random", "official"):
+        assert len(load("sysu", sysu, gallery=gallery).test) == n_images
+
+
+SYSU_FAULTS = {
+    "no ids": (
+        lambda root: (root / "exp/val_id.txt").unlink(),
+        FileNotFoundError, "val_id.txt and val_id.mat are missing"),
+    "ids not numbers": (
+        lambda root: write_lines(root / "exp/test_id.txt", ["14,five"]),
+        ValueError, "whole numbers"),
+    "empty ids": (
+        lambda root: write_lines(root / "exp/test_id.txt", []),
+        ValueError, "whole numbers"),
+    "shared id": (
+        lambda root: write_lines(root / "exp/val_id.txt", ["2,14"]),
+        ValueError, "identity 14 is in training and in test"),
+    "no draws": (
+        lambda root: (root / "exp/rand_perm_cam.mat").unlink(),
+        FileNotFoundError, "use gallery='random'"),
+    "broken draws": (
+        lambda root: (root / "exp/rand_perm_cam.mat").write_bytes(b"x" * 200),
+        ValueError, "cannot be read"),
+    "draws of another shape": (
+        lambda root: savemat(root / "exp/rand_perm_cam.mat", {"draws": np.eye(3)}),
+        ValueError, "does not fit"),
+    "lost image": (
+        lambda root: (root / "cam4/0014/0002.jpg").unlink()
+        or [p.unlink() for p in (root / "cam4/0014").iterdir() if p.name > "0003"],
+        ValueError, "does not fit cam4/0014"),
+    "no test images": (
+        lambda root: write_lines(root / "exp/test_id.txt", ["900"]),
+        ValueError, "no query or no gallery"),
+    "no training images": (
+        lambda root: [write_lines(root / f"exp/{p}_id.txt", ["900"])
+                      for p in ("train", "val")],
+        ValueError, "no visible training image of anyone"),
+    "one modality": (
+        lambda root: [shutil.rmtree(root / f"cam{c}/0003") for c in INFRARED],
+        ValueError, "no infrared training image of identity 3"),
+}
+
+
+@pytest.mark.parametrize("fault", SYSU_FAULTS)
+def test_sysu_faults(sysu, fault):
+    damage, error, sentence = SYSU_FAULTS[fault]
+    damage(sysu)
+    with pytest.raises(error, match=sentence):
+        load("sysu", sysu, gallery="official")
+
+
+# LLCM
+
+
+def test_llcm_parts(llcm):
+    split = load("llcm", llcm)
+    assert split.protocol == "llcm"
+    counts = split.train.groupby(["modality", "identity"]).size().to_dict()
+    assert counts == {("infrared", 4): 2, ("infrared", 7): 2,
+                      ("visible", 4): 3, ("visible", 7): 3}
+    visible = split.train[split.train.modality == "visible"]
+    assert sorted(visible.camera.unique()) == [1, 3, 9]
+    on_disk = sorted(p.relative_to(llcm).as_posix() for p in llcm.glob("test_*/*/*/*"))
+    assert sorted(split.test.path) == on_disk
+
+
+def test_llcm_trials(llcm):
+    split = load("llcm", llcm)
+    names = [(trial.setting, trial.number) for trial in split.trials]
+    assert names == [(way, number) for way in DIRECTIONS for number in range(10)]
+    for trial in split.trials:
+        asking, asked = trial.setting.split("-to-")
+        short = {"visible": "vis", "infrared": "nir"}[asked]
+        queries = np.flatnonzero(split.test.modality == asking)
+        assert np.array_equal(trial.query, queries)
+        rng, naive = random.Random(trial.number), []
+        for person in ("0002", "0012"):
+            for camera in range(1, 10):
+                place = llcm / f"test_{short}/cam{camera}/{person}"
+                if place.is_dir():
+                    images = sorted(place.iterdir())
+                    naive.append(rng.choice(images).relative_to(llcm).as_posix())
+        assert split.test.path[trial.gallery].tolist() == naive
+
+
+# A folder of one's own
+
+
+def test_folder_split_is_a_function_of_the_seed(folder):
+    splits = [load("folder", folder, seed=seed) for seed in (0, 0, *range(1, 9))]
+    pd.testing.assert_frame_equal(splits[0].train, splits[1].train)
+    assert len({frozenset(split.train.identity) for split in splits}) > 1
+    for split in splits:
+        assert split.protocol == "regdb"
+        train, test = set(split.train.identity), set(split.test.identity)
+        assert (len(train), len(test)) == (2, 3) and not train & test
+
+
+def test_folder_cameras_and_names(folder):
+    split = load("folder", folder)
+    images = pd.concat([split.train, split.test])
+    names = images.path.str.split("/").str[1]
+    assert dict(zip(names, images.identity)) == dict(ann=0, bo=1, cy=2, di=3, ed=4)
+    assert images.camera[names == "ann"].tolist() in ([1, 2], [2, 1])
+    assert set(images.camera[names != "ann"]) == {3}
+
+
+def test_folder_leaves_out_people_of_one_modality(folder):
+    shutil.rmtree(folder / "infrared/bo")
+    with pytest.warns(UserWarning, match="1 of 5 identities"):
+        split = load("folder", folder)
+    assert {*split.train.identity, *split.test.identity} == {0, 2, 3, 4}
+
+
+def test_folder_faults(folder):
+    write(folder, "visible/bo/left/1.png")
+    with pytest.raises(ValueError, match="no camera number at its end"):
+        load("folder", folder)
+    shutil.rmtree(folder / "visible")
+    (folder / "visible/ann").mkdir(parents=True)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="at least 2"):
+        load("folder", folder)
+
+
+# Joints, choices, missing sets
+
+
+def test_joints_are_joined_on_the_path(regdb):
+    assert not set(JOINT_COLUMNS) & set(load("regdb", regdb).train)
+    paths = [p.relative_to(regdb).as_posix() for p in regdb.glob("*/*/*.bmp")]
+    values = np.arange(len(paths) * 51.0).reshape(len(paths), 51)
+    joints = pd.DataFrame(values, columns=JOINT_COLUMNS).assign(path=paths)
+    joints[1:].to_csv(regdb / "joints.csv", index=False)
+    split = load("regdb", regdb)
+    for table in (split.train, split.test):
+        for row in table.to_dict("records"):
+            expected = values[paths.index(row["path"])]
+            if row["path"] == paths[0]:
+                expected = expected * np.nan
+            np.testing.assert_array_equal([row[c] for c in JOINT_COLUMNS], expected)
+    joints.drop(columns="y3").to_csv(regdb / "joints.csv", index=False)
+    with pytest.raises(ValueError, match="no column y3"):
+        load("regdb", regdb)
+    pd.concat([joints, joints[:1]]).to_csv(regdb / "joints.csv", index=False)
+    with pytest.raises(ValueError, match="a path twice"):
+        load("regdb", regdb)
+
+
+@pytest.mark.parametrize("name", ["regdb", "sysu", "llcm", "folder"])
+def test_a_missing_set_says_what_to_do(tmp_path, name):
+    with pytest.raises(FileNotFoundError) as caught:
+        load(name, tmp_path / "nowhere")
+    sentence = str(caught.value)
+    assert str(tmp_path / "nowhere") in sentence and SOURCES[name].obtain in sentence
+    assert "-p dataset pocket-" in sentence and "\n" not in sentence
+
+
+def test_root_defaults_to_the_project(tmp_path, monkeypatch, regdb):
+    monkeypatch.setattr(datasets, "project_root", lambda: tmp_path)
+    (tmp_path / "data").mkdir()
+    shutil.move(regdb, tmp_path / "data/regdb")
+    assert load("regdb").root == tmp_path / "data" / "regdb"
+
+
+def test_pocket_sets_are_trees(monkeypatch, regdb, sysu):
+    trees = {"pocket-regdb": regdb, "pocket-sysu": sysu}
+    monkeypatch.setattr(datasets, "pocket_root", trees.__getitem__)
+    for name, layout in (("pocket-regdb", "regdb"), ("pocket-sysu", "sysu")):
+        split = load(name)
+        assert (split.name, split.protocol) == (name, layout)
+        assert split.train.equals(load(layout, trees[name]).train)
+        assert verify(name).ok.all()
+
+
+@pytest.mark.parametrize("choice, sentence", [
+    (dict(name="sisu"), "did you mean 'sysu'"),
+    (dict(name="sysu", gallery="offical"), "did you mean 'official'"),
+    (dict(name="regdb", gallery="official"), "no official gallery"),
+    (dict(name="sysu", trial=2), "one training split"),
+])
+def test_choices_that_do_not_exist(tmp_path, choice, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load(root=tmp_path, **choice)
+
+
+def test_summary(sysu):
+    table = summary(load("sysu", sysu))
+    assert list(table.index) == ["train", "test", *SETTINGS]
+    assert table.loc["all-single", ["gallery", "trials"]].tolist() == [10, 10]
+    assert table.loc["indoor-single", "gallery"] == 4
+    assert table.loc["train", "identities"] == 3
+
+
+# Verification against the published counts
+
+
+def spread(total: int, people) -> dict[int, int]:
+    """As equal shares of `total` as whole numbers allow."""
+    base, extra = divmod(total, len(people))
+    return {person: base + (rank < extra) for rank, person in enumerate(people)}
+
+
+def full_sysu(root: Path) -> Path:
+    """A tree with the published counts of SYSU-MM01; who has which is made up."""
+    people = list(range(1, 492))
+    ids = {"train": people[:296], "val": people[296:395], "test": people[395:]}
+    test = ids["test"]
+    shares = {  # camera -> images of each person
+        1: spread(22258, people[:395]) | spread(1374, test[:56]),
+        2: spread(1565, test[:56]),
+        3: spread(11909, people[:395]) | spread(1088, test[:56])
+           | spread(795, test[56:93]),
+        4: spread(1918, test[:94]),
+        5: spread(1918, test[:95]),
+        6: spread(1920, test),
+    }
+    sizes = {(p, c): n for c, share in shares.items() for p, n in share.items()}
+    return sysu_tree(root, ids, sizes)
+
+
+def test_verify_a_complete_regdb(tmp_path):
+    root = regdb_tree(tmp_path, people=412, images=10)
+    report = verify("regdb", root)
+    assert list(report) == ["what", "expected", "found", "ok", "note"]
+    assert report.ok.all(), report[~report.ok]
+    lost = sorted(root.glob("Thermal/31/*"))[:4]
+    for file in lost:
+        file.unlink()
+    (root / "idx/train_visible_7.txt").unlink()
+    report = verify("regdb", root).set_index("what")
+    assert set(report.index[~report.ok]) == {
+        "images", "images, infrared", "listed images that are missing",
+        "unreadable index files",
+    }
+    assert report.found["listed images that are missing"] == 4
+    first = ", ".join(f.relative_to(root).as_posix() for f in lost[:3])
+    assert report.note["listed images that are missing"] == first
+
+
+def test_verify_a_complete_sysu(tmp_path):
+    root = full_sysu(tmp_path)
+    report = verify("sysu", root)
+    assert report.ok.all(), report[~report.ok]
+    assert set(PUBLISHED.what[PUBLISHED.layout == "sysu"]) <= set(report.what)
+    begin = time.perf_counter()
+    split = load("sysu", root, gallery="official")
+    assert time.perf_counter() - begin < 20, "no image is opened"
+    assert len(split.train) == 22258 + 11909 and len(split.trials) == 40
+    (root / "cam2/0400/0003.jpg").unlink()
+    (root / "cam6/0401/0003.jpg").write_bytes(b"")
+    shutil.rmtree(root / "cam3")
+    report = verify("sysu", root).set_index("what")
+    assert report.note["missing folders"] == "cam3"
+    assert report.note["empty image files"] == "cam6/0401/0003.jpg"
+    unlike = report.note["cells unlike rand_perm_cam.mat"]
+    assert unlike.startswith("cam2/0400 (27 of 28)")
+    assert report.found["test images, camera 2"] == 1564
+    assert report.found["queries"] == 1920
+
+
+def test_verify_a_complete_llcm(tmp_path):
+    for short, n_train, n_test in (("vis", 16946, 8680), ("nir", 13975, 7166)):
+        lines = [
+            f"{write(tmp_path, f'{short}/{p:04d}/{p:04d}_c01_{i}.jpg')} {p - 1}"
+            for p, n in spread(n_train, range(1, 714)).items() for i in range(n)
+        ]
+        write_lines(tmp_path / f"idx/train_{short}.txt", lines)
+        for person, n in spread(n_test, range(714, 1065)).items():
+            for image in range(n):
+                write(tmp_path, f"test_{short}/cam5/{person:04d}/{image}.jpg")
+    ids = ",".join(map(str, range(714, 1065)))
+    write_lines(tmp_path / "idx/test_id.txt", [ids])
+    report = verify("llcm", tmp_path)
+    assert report.ok.all(), report[~report.ok]
+    write_lines(tmp_path / "idx/test_id.txt", [ids + ",1,1100"])
+    report = verify("llcm", tmp_path).set_index("what")
+    assert report.note["identities in training and test"] == "1"
+    assert report.note["listed identities without images"] == "1, 1100"
+
+
+def test_verify_small_trees_keeps_to_the_rules(regdb, sysu, llcm, folder):
+    trees = {"regdb": regdb, "sysu": sysu, "llcm": llcm, "folder": folder}
+    for name, root in trees.items():
+        report = verify(name, root)
+        rule = report.expected == 0
+        assert report.ok[rule].all(), report[~report.ok]
+        assert not report.ok[~rule].any()
+
+
+@pytest.mark.parametrize("name", ["regdb", "sysu", "llcm", "folder"])
+def test_verify_survives_anything(tmp_path, name):
+    absent = verify(name, tmp_path / "nowhere")
+    assert not absent.ok[absent.what == "missing folders"].item()
+    for path in ("idx/train_visible_1.txt", "idx/train_vis.txt", "idx/test_id.txt",
+                 "exp/test_id.txt", "exp/train_id.mat", "exp/rand_perm_cam.mat", "cam1",
+                 "Visible"):
+        write(tmp_path, path)
+    damaged = verify(name, tmp_path)
+    assert not damaged.ok.all() and damaged.found.dtype.kind == "i"
+
+
+def test_verify_a_folder(folder):
+    assert verify("folder", folder).ok.all()
+    shutil.rmtree(folder / "visible/cy")
+    (folder / "visible/bo/cam3/1.JPG").write_bytes(b"")
+    report = verify("folder", folder).set_index("what")
+    assert report.note["identities of one modality only"] == "cy"
+    assert report.note["empty image files"] == "visible/bo/cam3/1.JPG"
+
+
+def test_every_expected_number_has_a_source():
+    assert PUBLISHED.source.str.len().gt(0).all()
+    assert not PUBLISHED.duplicated(["layout", "what"]).any()

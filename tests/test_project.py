@@ -1,0 +1,123 @@
+"""The project's own order: packaging, notebooks, rooms."""
+
+import ast
+import configparser
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(
+    p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
+)
+ROOMS = [
+    "core", "people", "datasets", "batches", "augment", "backbone", "mecs", "fem",
+    "losses", "method", "methods", "evaluation", "training", "records", "figures",
+    "runs",
+]  # fmt: skip
+
+
+def settings() -> configparser.SectionProxy:
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(ROOT / "settings.ini")
+    return parser["DEFAULT"]
+
+
+def test_settings_and_pyproject_agree():
+    ours = settings()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert ours["lib_name"] == project["name"]
+    assert ours["version"] == project["version"]
+    assert ours["description"] == project["description"]
+    assert sorted(ours["requirements"].split()) == sorted(project["dependencies"])
+    dev = project["optional-dependencies"]["dev"]
+    assert sorted(ours["dev_requirements"].split()) == sorted(dev)
+
+
+def test_constraints_pin_every_requirement():
+    pins = (ROOT / "constraints.txt").read_text().lower().replace("_", "-")
+    pinned = set(re.findall(r"^([a-z0-9.-]+)==", pins, re.M))
+    wanted = settings()["requirements"].split() + settings()["dev_requirements"].split()
+    names = {re.split(r"[<>=]", word)[0] for word in wanted}
+    assert names <= pinned, names - pinned
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_executed_and_small(path):
+    book = json.loads(path.read_text())
+    assert path.stat().st_size < 1_000_000
+    cells = [c for c in book["cells"] if c["cell_type"] == "code"]
+    outputs = [o for c in cells for o in c["outputs"]]
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    assert outputs, "no cell has an output: was it executed?"
+    first = "".join(book["cells"][0]["source"])
+    assert re.match(r"# .+\n\n?> .+", first), "an H1 and a one-line summary come first"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_lines_fit(path):
+    book = json.loads(path.read_text())
+    for cell in book["cells"]:
+        if cell["cell_type"] == "code":
+            wide = [x for x in "".join(cell["source"]).splitlines() if len(x) > 99]
+            assert not wide, wide
+
+
+def test_every_notebook_exports_its_own_module():
+    found = []
+    for path in NOTEBOOKS:
+        text = "".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"])
+        found += re.findall(r"#\| default_exp (\S+)", text)
+    assert len(found) == len(set(found))
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms that a module imports."""
+    here = path.relative_to(ROOT / "afen").parts[:-1]
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            up = here[: len(here) - (node.level - 1)]
+            names = [node.module] if node.module else [a.name for a in node.names]
+            rooms |= {".".join((*up, name)).split(".")[0] for name in names}
+    return rooms
+
+
+def test_a_room_imports_only_rooms_above_it():
+    for path in sorted((ROOT / "afen").rglob("*.py")):
+        parts = path.relative_to(ROOT / "afen").with_suffix("").parts
+        if parts[-1].startswith("_"):
+            continue
+        order = ROOMS.index(parts[0])
+        for room in imports(path):
+            assert ROOMS.index(room) <= order, f"{parts} imports {room}"
+
+
+def test_measuring_never_imports_a_model():
+    models = {"backbone", "mecs", "fem", "losses", "method", "methods", "training"}
+    for room in ("evaluation", "records", "figures"):
+        assert not imports(ROOT / "afen" / f"{room}.py") & models
+
+
+def test_methods_never_import_data_or_training():
+    for path in (ROOT / "afen" / "methods").glob("*.py"):
+        assert not imports(path) & {"people", "datasets", "batches", "training", "runs"}
+
+
+def test_every_torch_load_refuses_code():
+    for path in (ROOT / "afen").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert given.get("weights_only") == "True", path
+
+
+def test_importing_afen_is_quiet():
+    command = [sys.executable, "-W", "error", "-c", "import afen; from afen.mecs import MECS"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
