@@ -8,7 +8,7 @@ __all__ = ['PROTOCOLS', 'RANKS', 'BLOCK', 'RERANKED', 'match_ranks', 'average_pr
            'reciprocal_naive', 'expanded_naive', 'rerank_naive', 'rerank', 'average', 'measures', 'summarise',
            'evaluate_trials']
 
-# %% ../nbs/20_evaluation.ipynb #e7689227
+# %% ../nbs/20_evaluation.ipynb #b000857a
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from scipy import sparse
 
 from .core import nearest
 
-# %% ../nbs/20_evaluation.ipynb #2f7dbc41
+# %% ../nbs/20_evaluation.ipynb #1ea0473f
 def match_ranks(
     correct: Sequence[bool],  # from near to far: is this image a match?
 ) -> np.ndarray:
@@ -32,7 +32,7 @@ def match_ranks(
         raise ValueError("This ranked list holds no match: drop its query.")
     return ranks
 
-# %% ../nbs/20_evaluation.ipynb #b3f50b2f
+# %% ../nbs/20_evaluation.ipynb #1ec1ffac
 def average_precision(
     correct: Sequence[bool],  # from near to far: is this image a match?
 ) -> float:
@@ -40,7 +40,7 @@ def average_precision(
     ranks = match_ranks(correct)
     return float(np.mean(np.arange(1, len(ranks) + 1) / ranks))
 
-# %% ../nbs/20_evaluation.ipynb #05a13c37
+# %% ../nbs/20_evaluation.ipynb #f64f4522
 def inverse_penalty(
     correct: Sequence[bool],  # from near to far: is this image a match?
 ) -> float:
@@ -48,10 +48,10 @@ def inverse_penalty(
     ranks = match_ranks(correct)
     return len(ranks) / int(ranks[-1])
 
-# %% ../nbs/20_evaluation.ipynb #623add82
+# %% ../nbs/20_evaluation.ipynb #56ec1f9b
 PROTOCOLS = ("regdb", "sysu", "llcm")
 
-# %% ../nbs/20_evaluation.ipynb #53b1e225
+# %% ../nbs/20_evaluation.ipynb #c5c464ce
 def sees(
     query_id: int, query_cam: int, gallery_id: int, gallery_cam: int, protocol: str
 ) -> bool:
@@ -62,7 +62,7 @@ def sees(
         return not (query_id == gallery_id and query_cam == gallery_cam)
     return True
 
-# %% ../nbs/20_evaluation.ipynb #89e5fcbc
+# %% ../nbs/20_evaluation.ipynb #5e4afb24
 def first_match_rank(
     ranked_ids: Sequence[int],  # identities of the gallery, from near to far
     query_id: int,
@@ -72,10 +72,10 @@ def first_match_rank(
     before = list(ranked_ids)[: list(ranked_ids).index(query_id)]
     return 1 + (len(set(before)) if per_identity else len(before))
 
-# %% ../nbs/20_evaluation.ipynb #33d90280
+# %% ../nbs/20_evaluation.ipynb #cd5407fe
 RANKS = 20  # the length of a CMC curve
 
-# %% ../nbs/20_evaluation.ipynb #0138689e
+# %% ../nbs/20_evaluation.ipynb #6b436971
 @dataclass(frozen=True, eq=False, repr=False)
 class Scores:
     """What one evaluation found; every measure is a fraction between 0 and 1."""
@@ -100,7 +100,7 @@ class Scores:
             f"{self.n_queries} queries, {self.n_dropped} dropped)"
         )
 
-# %% ../nbs/20_evaluation.ipynb #3a226f75
+# %% ../nbs/20_evaluation.ipynb #76b906f2
 def _scores(
     first_ranks: Sequence[int],  # rho_i of each query that counts
     precisions: Sequence[float],  # their AP
@@ -122,7 +122,7 @@ def _scores(
         n_dropped=n_dropped,
     )
 
-# %% ../nbs/20_evaluation.ipynb #4e287081
+# %% ../nbs/20_evaluation.ipynb #8606dce4
 def rank_naive(
     distances: np.ndarray,  # [G], of one query
     query_id: int,
@@ -140,7 +140,7 @@ def rank_naive(
     ]
     return sorted(seen, key=lambda g: distances[g])
 
-# %% ../nbs/20_evaluation.ipynb #5526980f
+# %% ../nbs/20_evaluation.ipynb #80741840
 def evaluate_naive(
     distances: np.ndarray,  # [Q, G]
     query_ids: Sequence[int],
@@ -164,7 +164,7 @@ def evaluate_naive(
     columns = zip(*measured) if measured else ([], [], [])
     return _scores(*columns, n_dropped=len(query_ids) - len(measured))
 
-# %% ../nbs/20_evaluation.ipynb #de2697b2
+# %% ../nbs/20_evaluation.ipynb #e5e7670d
 def _kept(
     query_ids: np.ndarray,
     gallery_ids: np.ndarray,
@@ -180,7 +180,7 @@ def _kept(
         return ~(same_identity & (query_cams[:, None] == gallery_cams))
     return np.ones((len(query_ids), len(gallery_ids)), dtype=bool)
 
-# %% ../nbs/20_evaluation.ipynb #7b91173c
+# %% ../nbs/20_evaluation.ipynb #0cae2f07
 def _identity_ranks(
     order: np.ndarray,  # [Q, G] gallery rows from near to far
     first: np.ndarray,  # [Q] rank over images of the first match
@@ -195,7 +195,7 @@ def _identity_ranks(
     nearest_image = np.minimum.reduceat(position[:, by_identity], starts, axis=1)
     return 1 + (nearest_image < first[:, None] - 1).sum(axis=1)  # [Q]
 
-# %% ../nbs/20_evaluation.ipynb #15345fb5
+# %% ../nbs/20_evaluation.ipynb #2e38ce75
 def _ranked_matches(
     distances: np.ndarray, matches: np.ndarray, kept: np.ndarray  # each [Q, G]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -205,7 +205,7 @@ def _ranked_matches(
     rows, columns = np.nonzero(np.take_along_axis(matches, order, axis=1))
     return order, rows, columns + 1
 
-# %% ../nbs/20_evaluation.ipynb #c31f7eea
+# %% ../nbs/20_evaluation.ipynb #694ec2bb
 def _measure_ranks(
     rows: np.ndarray, ranks: np.ndarray, n_queries: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -217,7 +217,7 @@ def _measure_ranks(
     penalty = n[has] / ranks[ends[has] - 1]
     return has, ranks[(ends - n)[has]], precision, penalty
 
-# %% ../nbs/20_evaluation.ipynb #78a70219
+# %% ../nbs/20_evaluation.ipynb #08e26a14
 def _measure(
     distances: np.ndarray,  # [Q, G]
     query_ids: np.ndarray,
@@ -235,7 +235,7 @@ def _measure(
         first = _identity_ranks(order[has], first, gallery_ids)
     return first, precision, penalty
 
-# %% ../nbs/20_evaluation.ipynb #5e54c913
+# %% ../nbs/20_evaluation.ipynb #7ff1e8e0
 def _array(values: Any) -> np.ndarray:
     """A tensor from any device, or anything array-like, as a NumPy array."""
     if isinstance(values, torch.Tensor):
@@ -244,7 +244,7 @@ def _array(values: Any) -> np.ndarray:
     values = np.asarray(values)
     return values.astype(np.float32) if values.dtype == np.float16 else values
 
-# %% ../nbs/20_evaluation.ipynb #337a2715
+# %% ../nbs/20_evaluation.ipynb #15178a9f
 def _check_distances(distances: np.ndarray) -> None:
     """A matrix, not empty, of finite numbers."""
     if distances.ndim != 2:
@@ -262,7 +262,7 @@ def _check_distances(distances: np.ndarray) -> None:
             f"gallery image {bad[0][1]}: check the features for NaN."
         )
 
-# %% ../nbs/20_evaluation.ipynb #b29e4346
+# %% ../nbs/20_evaluation.ipynb #fc56f7e5
 def _labels(
     side: str, ids: Any, cams: Any, n: int, protocol: str
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -280,16 +280,16 @@ def _labels(
             )
     return ids, cams
 
-# %% ../nbs/20_evaluation.ipynb #4a8e6dbb
+# %% ../nbs/20_evaluation.ipynb #40967e49
 BLOCK = 2**21  # distances sorted at a time: about 100 MB of memory
 
-# %% ../nbs/20_evaluation.ipynb #54be2eb4
+# %% ../nbs/20_evaluation.ipynb #d5718646
 def _blocks(n_rows: int, n_columns: int) -> list[slice]:
     """The rows of a matrix in slices of at most BLOCK elements, at least a row each."""
     step = max(1, BLOCK // n_columns)
     return [slice(start, start + step) for start in range(0, n_rows, step)]
 
-# %% ../nbs/20_evaluation.ipynb #e8b596ef
+# %% ../nbs/20_evaluation.ipynb #c066197c
 def evaluate(
     distances: Any,  # [Q, G] array or tensor; only the order in each row matters
     query_ids: Any,  # [Q]
@@ -319,7 +319,7 @@ def evaluate(
     measured = [np.concatenate(column) for column in zip(*blocks)]
     return _scores(*measured, n_dropped=n_query - len(measured[0]))
 
-# %% ../nbs/20_evaluation.ipynb #cd2d03bf
+# %% ../nbs/20_evaluation.ipynb #00fd508c
 def _unit(features: Any, what: str) -> np.ndarray:
     """The features as an array, refused unless every row has length one."""
     features = _array(features)
@@ -334,7 +334,7 @@ def _unit(features: Any, what: str) -> np.ndarray:
         )
     return features
 
-# %% ../nbs/20_evaluation.ipynb #667fa6f9
+# %% ../nbs/20_evaluation.ipynb #1985ca03
 def cosine_distances(
     query: Any,  # [Q, D] array or tensor, rows of length one
     gallery: Any,  # [G, D] array or tensor, rows of length one
@@ -345,7 +345,7 @@ def cosine_distances(
     """
     return 1 - _unit(query, "query") @ _unit(gallery, "gallery").T  # [Q, G]
 
-# %% ../nbs/20_evaluation.ipynb #5b5cc278
+# %% ../nbs/20_evaluation.ipynb #7da1b88b
 def _pool_distances(
     query: Any,  # [Q, D], rows of length one
     gallery: Any,  # [G, D], rows of length one
@@ -357,7 +357,7 @@ def _pool_distances(
     largest = distances.max(axis=1, keepdims=True)
     return distances / np.where(largest > 0, largest, 1)  # collapsed features: all 0
 
-# %% ../nbs/20_evaluation.ipynb #cc7e0e98
+# %% ../nbs/20_evaluation.ipynb #9b2501a3
 def reciprocal_naive(
     ranked: Sequence[Sequence[int]],  # for each image the pool, from near to far
     p: int,
@@ -366,7 +366,7 @@ def reciprocal_naive(
     """The k-reciprocal neighbours of image p, itself included: Eq. (5)."""
     return {g for g in ranked[p][: k + 1] if p in ranked[g][: k + 1]}
 
-# %% ../nbs/20_evaluation.ipynb #78fa0572
+# %% ../nbs/20_evaluation.ipynb #37a67c21
 def expanded_naive(
     ranked: Sequence[Sequence[int]],  # for each image the pool, from near to far
     p: int,
@@ -381,7 +381,7 @@ def expanded_naive(
             grown |= half
     return grown
 
-# %% ../nbs/20_evaluation.ipynb #f85efbda
+# %% ../nbs/20_evaluation.ipynb #51b6a1f8
 def rerank_naive(
     query: Any,  # [Q, D], rows of length one
     gallery: Any,  # [G, D], rows of length one
@@ -407,7 +407,7 @@ def rerank_naive(
             final[p, g - n] = mixed
     return final
 
-# %% ../nbs/20_evaluation.ipynb #5b4efe6c
+# %% ../nbs/20_evaluation.ipynb #36d6c81a
 def _neighbours(
     distances: np.ndarray,  # [P, P]
     k: int,
@@ -419,7 +419,7 @@ def _neighbours(
         nearest_first.append(order[:, : k + 1].copy())  # a view keeps the whole order
     return np.concatenate(nearest_first)
 
-# %% ../nbs/20_evaluation.ipynb #228d3bb8
+# %% ../nbs/20_evaluation.ipynb #d26759f7
 def _members(
     neighbours: np.ndarray,  # [P, n] columns to mark in each row
 ) -> sparse.csr_array:
@@ -429,13 +429,13 @@ def _members(
     ones = np.ones(neighbours.size, dtype=np.int32)
     return sparse.csr_array((ones, neighbours.ravel(), starts), (n_pool, n_pool))
 
-# %% ../nbs/20_evaluation.ipynb #c88c93bc
+# %% ../nbs/20_evaluation.ipynb #6404ceee
 def _reciprocal(neighbours: np.ndarray, k: int) -> sparse.csr_array:
     """Eq. (5) for the whole pool: a sparse [P, P] matrix of ones."""
     forward = _members(neighbours[:, : k + 1])
     return forward.multiply(forward.T).tocsr()
 
-# %% ../nbs/20_evaluation.ipynb #fc6dc5c6
+# %% ../nbs/20_evaluation.ipynb #e6f3b032
 def _expanded(neighbours: np.ndarray, k1: int) -> sparse.csr_array:
     """Eq. (6) for the whole pool: positive where image g is in the set of image p."""
     start = _reciprocal(neighbours, k1)
@@ -447,7 +447,7 @@ def _expanded(neighbours: np.ndarray, k1: int) -> sparse.csr_array:
     chosen = sparse.coo_array((np.ones(len(where[0]), np.int32), where), start.shape)
     return (start + chosen.tocsr() @ half).tocsr()
 
-# %% ../nbs/20_evaluation.ipynb #1488a358
+# %% ../nbs/20_evaluation.ipynb #1bd82ec4
 def _encoding(
     distances: np.ndarray,  # [P, P]
     k1: int,
@@ -462,7 +462,7 @@ def _encoding(
     voters = neighbours[:, :k2]
     return (_members(voters) @ weights / voters.shape[1]).tocsr()
 
-# %% ../nbs/20_evaluation.ipynb #29f91fe7
+# %% ../nbs/20_evaluation.ipynb #066f26d4
 def rerank(
     query: Any,  # [Q, D] array or tensor, rows of length one
     gallery: Any,  # [G, D] array or tensor, rows of length one
@@ -489,7 +489,7 @@ def rerank(
         final[p] += (1 - original_weight) * (1 - shared / (2 - shared))
     return final
 
-# %% ../nbs/20_evaluation.ipynb #9b966f2b
+# %% ../nbs/20_evaluation.ipynb #762a520f
 def average(
     scores: Sequence[Scores],  # one for each trial
 ) -> Scores:
@@ -507,7 +507,7 @@ def average(
         n_dropped=sum(s.n_dropped for s in scores),
     )
 
-# %% ../nbs/20_evaluation.ipynb #fef655c8
+# %% ../nbs/20_evaluation.ipynb #dae23dd3
 def measures(
     scores: Scores,
 ) -> dict[str, float]:
@@ -515,7 +515,7 @@ def measures(
     ranks = {f"rank{k}": scores.rank(k) for k in (1, 5, 10, 20)}
     return ranks | {"mAP": scores.mAP, "mINP": scores.mINP}
 
-# %% ../nbs/20_evaluation.ipynb #463c1476
+# %% ../nbs/20_evaluation.ipynb #0d104d1d
 def summarise(
     scores: Sequence[Scores],  # one for each trial
 ) -> dict[str, dict[str, float | int | None]]:
@@ -532,10 +532,10 @@ def summarise(
         summary[key] = {"mean": mean[key], "std": std, "n": len(values)}
     return summary
 
-# %% ../nbs/20_evaluation.ipynb #72cf7118
+# %% ../nbs/20_evaluation.ipynb #a3efb2f1
 RERANKED = "+reranked"  # ends the name of a setting whose lists were re-ranked
 
-# %% ../nbs/20_evaluation.ipynb #d498bd69
+# %% ../nbs/20_evaluation.ipynb #0c2d5ee0
 def evaluate_trials(
     features: Any,  # [N_test, D] array or tensor, rows of length one, as split.test
     split: Any,  # test, protocol and trials, as described above
