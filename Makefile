@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATASET ?= pocket-regdb
 METHOD ?= afen
 ARGS ?=
-RUN = $(BIN)/papermill nbs/train.ipynb
+RUN = $(BIN)/papermill --no-progress-bar --log-output nbs/train.ipynb
 
 .PHONY: demo test lab train install notebooks clean
 
@@ -22,12 +22,12 @@ install: .venv/installed
 demo: install  ## train and evaluate AFEN on rendered people, in minutes
 	@mkdir -p runs
 	@$(RUN) runs/demo.ipynb
-	@$(BIN)/python -m afen.runs runs/demo.ipynb
+	@$(BIN)/python -c "from afen.runs import report; report('runs/demo.ipynb')"
 
 train: install  ## one run: make train DATASET=regdb METHOD=afen ARGS="-p trial 2"
 	@mkdir -p runs
 	@$(RUN) runs/$(DATASET)-$(METHOD).ipynb -p dataset $(DATASET) -p method $(METHOD) $(ARGS)
-	@$(BIN)/python -m afen.runs runs/$(DATASET)-$(METHOD).ipynb
+	@$(BIN)/python -c "from afen.runs import report; report('runs/$(DATASET)-$(METHOD).ipynb')"
 
 test: install  ## notebooks and modules in step, every notebook, every test
 	$(BIN)/python tests/in_step.py

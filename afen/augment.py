@@ -8,14 +8,14 @@ __all__ = ['MEAN', 'STD', 'MIRRORED', 'AREA', 'ASPECT', 'FILL', 'LUMA', 'to_floa
            'erase', 'mix_channels', 'copy_channel', 'adapt_gray', 'grayscale', 'weak_view', 'channel_view',
            'infrared_view']
 
-# %% ../nbs/04_augment.ipynb #479cf68a
+# %% ../nbs/04_augment.ipynb #a70a0310
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/04_augment.ipynb #ced0e09c
+# %% ../nbs/04_augment.ipynb #c9230676
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet: red, green, blue
 STD = (0.229, 0.224, 0.225)
 
@@ -27,7 +27,7 @@ def to_float(
     assert images.dtype == torch.uint8, f"{images.dtype} images are not bytes"
     return images.float().div_(255)
 
-# %% ../nbs/04_augment.ipynb #c84f4816
+# %% ../nbs/04_augment.ipynb #63e0562c
 def constant(
     values: tuple[float, float, float],  # one for each channel
     images: Tensor,  # float [B, 3, H, W]
@@ -40,7 +40,7 @@ def beside(values: Tensor, images: Tensor) -> Tensor:
     """CPU values on the device of the images, without waiting for it."""
     return values.to(images.device, non_blocking=True)
 
-# %% ../nbs/04_augment.ipynb #9a373b41
+# %% ../nbs/04_augment.ipynb #91584ca2
 def normalise(
     images: Tensor,  # float [B, 3, H, W] in [0, 1]
 ) -> Tensor:
@@ -54,7 +54,7 @@ def denormalise(
     """The inverse of `normalise`, for pictures."""
     return images * constant(STD, images) + constant(MEAN, images)
 
-# %% ../nbs/04_augment.ipynb #4769a96f
+# %% ../nbs/04_augment.ipynb #569b25fc
 class Placement(NamedTuple):
     """Where the images of a batch come to lie: corner of the crop, and mirrored or not.
 
@@ -66,7 +66,7 @@ class Placement(NamedTuple):
     flipped: Tensor  # bool [B]
     pad: int  # pixels on each side
 
-# %% ../nbs/04_augment.ipynb #21bee1e7
+# %% ../nbs/04_augment.ipynb #233e3899
 def draw_placement(
     count: int,  # B
     generator: torch.Generator,  # on the CPU
@@ -78,7 +78,7 @@ def draw_placement(
     flipped = torch.rand(count, generator=generator) < p
     return Placement(top, left, flipped, pad)
 
-# %% ../nbs/04_augment.ipynb #a9297c05
+# %% ../nbs/04_augment.ipynb #66c972a1
 def place(
     images: Tensor,  # [B, 3, H, W] of any type
     placement: Placement,
@@ -93,7 +93,7 @@ def place(
     chosen = windows[every, :, top, left]  # [B, 3, H, W]
     return torch.where(flipped[:, None, None, None], chosen.flip(-1), chosen)
 
-# %% ../nbs/04_augment.ipynb #fe572bcb
+# %% ../nbs/04_augment.ipynb #2e7e20ae
 def pad_crop(
     images: Tensor,  # [B, 3, H, W]
     generator: torch.Generator,  # on the CPU
@@ -111,7 +111,7 @@ def flip(
     """Mirror each image left to right with chance p."""
     return place(images, draw_placement(len(images), generator, pad=0, p=p))
 
-# %% ../nbs/04_augment.ipynb #3367dbb4
+# %% ../nbs/04_augment.ipynb #158985fe
 MIRRORED = [0] + [joint + 1 if joint % 2 else joint - 1 for joint in range(1, 17)]
 
 
@@ -131,7 +131,7 @@ def place_joints(
     mirror = mirror + moved.new_tensor([width, 0, 0])
     return torch.where(flipped[:, None, None], mirror, moved)
 
-# %% ../nbs/04_augment.ipynb #7be883c1
+# %% ../nbs/04_augment.ipynb #418083c9
 AREA = (0.02, 0.4)  # of the image
 ASPECT = (0.3, 1 / 0.3)  # height over width
 FILL = (0.4914, 0.4822, 0.4465)  # CAJ's, in normalised units
@@ -158,7 +158,7 @@ def draw_boxes(
     erased = (chance < p) & fits.any(1)
     return (torch.cat([start, side], 1) * erased[:, None]).long()
 
-# %% ../nbs/04_augment.ipynb #e6f35ed5
+# %% ../nbs/04_augment.ipynb #e1e502a4
 def erase(
     images: Tensor,  # float [B, 3, H, W]
     generator: torch.Generator,  # on the CPU
@@ -175,7 +175,7 @@ def erase(
     inside = (tall[:, :, None] & wide[:, None, :])[:, None]  # [B, 1, H, W]
     return torch.where(inside, constant(fill, images), images)
 
-# %% ../nbs/04_augment.ipynb #3b09c9e1
+# %% ../nbs/04_augment.ipynb #5f6dafd9
 LUMA = (0.2989, 0.5870, 0.1140)  # grey as the eye weighs red, green and blue
 
 
@@ -185,13 +185,12 @@ def mix_channels(
     mixed: Tensor,  # bool [B], which images are replaced
 ) -> Tensor:
     """All three channels become one weighted sum of them, where `mixed`."""
-    weights, mixed = (
-        beside(draw, images)[:, :, None, None] for draw in (weights, mixed[:, None])
-    )
+    weights = beside(weights.to(images.dtype), images)[:, :, None, None]
+    mixed = beside(mixed, images)[:, None, None, None]
     grey = (images * weights).sum(1, keepdim=True)  # [B, 1, H, W]
     return torch.where(mixed, grey, images)  # [B, 3, H, W]
 
-# %% ../nbs/04_augment.ipynb #98278d59
+# %% ../nbs/04_augment.ipynb #c4719abf
 def copy_channel(
     images: Tensor,  # float [B, 3, H, W]
     generator: torch.Generator,  # on the CPU
@@ -200,7 +199,7 @@ def copy_channel(
     chosen = torch.randint(0, 3, (len(images),), generator=generator)
     return mix_channels(images, torch.eye(3)[chosen], torch.ones_like(chosen) > 0)
 
-# %% ../nbs/04_augment.ipynb #f2f88a42
+# %% ../nbs/04_augment.ipynb #4a72a3bb
 def adapt_gray(
     images: Tensor,  # float [B, 3, H, W]
     generator: torch.Generator,  # on the CPU
@@ -212,7 +211,7 @@ def adapt_gray(
     table = torch.stack([red, red, green, green, blue, blue, grey, grey])  # [8, 3]
     return mix_channels(images, table[eighth], eighth < 7)
 
-
+# %% ../nbs/04_augment.ipynb #7f61a0f7
 def grayscale(
     images: Tensor,  # float [B, 3, H, W]
     generator: torch.Generator,  # on the CPU
@@ -222,7 +221,7 @@ def grayscale(
     coin = torch.rand(len(images), generator=generator)
     return mix_channels(images, torch.tensor([LUMA]).repeat(len(coin), 1), coin < p)
 
-# %% ../nbs/04_augment.ipynb #963fe653
+# %% ../nbs/04_augment.ipynb #0956b49a
 def weak_view(
     images: Tensor,  # uint8 [B, 3, H, W]
     generator: torch.Generator,  # on the CPU
@@ -233,7 +232,7 @@ def weak_view(
     placed = place(images, draw_placement(len(images), generator, pad))
     return erase(normalise(to_float(placed)), generator, erasing)
 
-# %% ../nbs/04_augment.ipynb #4b6fb6c3
+# %% ../nbs/04_augment.ipynb #b6c78cd0
 def channel_view(
     images: Tensor,  # uint8 [B, 3, H, W], visible
     generator: torch.Generator,  # on the CPU
@@ -245,7 +244,7 @@ def channel_view(
     view = weak_view(images, generator, erasing, pad)
     return copy_channel(view, generator) if channel_ops else view
 
-
+# %% ../nbs/04_augment.ipynb #d79077e9
 def infrared_view(
     images: Tensor,  # uint8 [B, 3, H, W], infrared
     generator: torch.Generator,  # on the CPU

@@ -8,7 +8,7 @@ __all__ = ['RECIPE', 'JOINT_COLUMNS', 'Decoded', 'decode', 'reason', 'try_decode
            'check_request', 'Stretches', 'stretches', 'draw_rows', 'draw_distinct_rows', 'IdentitySampler',
            'check_sampler', 'Batch', 'joints_of', 'make_batch', 'batches']
 
-# %% ../nbs/03_batches.ipynb #3fcf4222
+# %% ../nbs/03_batches.ipynb #96d98ad8
 import io
 import os
 import threading
@@ -38,21 +38,21 @@ from afen.core import (
     torch_generator,
 )
 
-# %% ../nbs/03_batches.ipynb #c150b04c
+# %% ../nbs/03_batches.ipynb #de26ba44
 class Decoded(NamedTuple):
     """One image: `pixels` uint8 [H, W, 3], and the (height, width) of its file."""
 
     pixels: np.ndarray
     file_size: tuple[int, int]
 
-# %% ../nbs/03_batches.ipynb #4fb8a704
+# %% ../nbs/03_batches.ipynb #74ef9674
 def decode(
     path: Path,  # an image file of any format that Pillow reads
     size: tuple[int, int],  # (height, width) to resize to
 ) -> Decoded:
     """Read an image as RGB and resize it with Lanczos (AGW, `data_loader.py`).
 
-    Raises what Pillow raises for a broken file, ValueError for 16 or 32 bits a channel.
+    Raises what Pillow raises for a broken file, ValueError for grey of over 8 bits.
     """
     with Image.open(path) as image:
         if image.mode[0] in "IF":  # "I", "I;16", "F"
@@ -61,7 +61,7 @@ def decode(
         rgb = image.convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS)
     return Decoded(np.asarray(rgb), file_size)
 
-# %% ../nbs/03_batches.ipynb #8f66a510
+# %% ../nbs/03_batches.ipynb #14bd072f
 def reason(
     error: Exception,  # what reading the image raised
 ) -> str:
@@ -72,7 +72,7 @@ def reason(
         return error.strerror
     return str(error) or type(error).__name__
 
-# %% ../nbs/03_batches.ipynb #0084ef62
+# %% ../nbs/03_batches.ipynb #918ba498
 def try_decode(
     path: Path,  # an image file, readable or not
     size: tuple[int, int],  # (height, width)
@@ -83,7 +83,7 @@ def try_decode(
     except Exception as error:  # Pillow raises a dozen kinds; each is a reason
         return reason(error)
 
-# %% ../nbs/03_batches.ipynb #7907cde4
+# %% ../nbs/03_batches.ipynb #a99e3b41
 def decode_all(
     root: Path,  # folder that the paths start from
     paths: Sequence[str],  # files relative to `root`
@@ -109,7 +109,7 @@ def decode_all(
     if problems:
         raise ValueError(unreadable(root, problems, len(paths)))
 
-# %% ../nbs/03_batches.ipynb #a650b361
+# %% ../nbs/03_batches.ipynb #945f204f
 def unreadable(
     root: Path,  # folder of the images
     problems: Sequence[str],  # "path: reason", one for each broken file
@@ -124,7 +124,7 @@ def unreadable(
         "them and start again:\n  " + "\n  ".join(lines)
     )
 
-# %% ../nbs/03_batches.ipynb #3855514d
+# %% ../nbs/03_batches.ipynb #5f623739
 def file_parts(
     decoded: Iterable[Decoded],  # every image, in order
     shape: tuple[int, int, int, int],  # (N, H, W, 3)
@@ -141,7 +141,7 @@ def file_parts(
     np.save(tail, np.array(file_sizes, np.int32))  # [N, 2]
     yield tail.getvalue()
 
-# %% ../nbs/03_batches.ipynb #52ca6444
+# %% ../nbs/03_batches.ipynb #dd1aadad
 def write_checked(
     path: Path,  # the file to write
     parts: Iterable[bytes],  # its content, piece by piece
@@ -156,7 +156,7 @@ def write_checked(
         file.flush()
         os.fsync(file.fileno())  # on the disk before it takes its name
 
-# %% ../nbs/03_batches.ipynb #3936cd76
+# %% ../nbs/03_batches.ipynb #da057c85
 def is_intact(
     path: Path,  # a file that `write_checked` wrote, or anything else
     block: int = 2**23,  # bytes read at a time
@@ -171,7 +171,7 @@ def is_intact(
             left -= len(part)
         return file.read() == checksum.to_bytes(4, "little")
 
-# %% ../nbs/03_batches.ipynb #f26677e1
+# %% ../nbs/03_batches.ipynb #7e2f6259
 class PackedImages:
     """All images of a set in one file: uint8 [N, H, W, 3], as `pack` wrote it.
 
@@ -207,7 +207,7 @@ class PackedImages:
         batch = read_rows(self, rows, pinned=torch.device(device).type == "cuda")
         return batch.permute(0, 3, 1, 2).to(device, non_blocking=True)  # [B, 3, H, W]
 
-# %% ../nbs/03_batches.ipynb #786a347a
+# %% ../nbs/03_batches.ipynb #f07d708e
 def read_rows(
     packed: PackedImages,
     rows: np.ndarray,  # int [B]
@@ -226,7 +226,7 @@ def read_rows(
             assert read == length, f"{packed.path} changed while it was in use"
     return batch
 
-# %% ../nbs/03_batches.ipynb #7a1e49f7
+# %% ../nbs/03_batches.ipynb #f70e3c53
 RECIPE = "RGB, Lanczos, uint8, version 1"  # change it whenever the pixels would change
 
 
@@ -239,7 +239,7 @@ def fingerprint(
     except OSError:
         return ""
 
-# %% ../nbs/03_batches.ipynb #ce53cc70
+# %% ../nbs/03_batches.ipynb #f1cb9bb6
 def content_key(
     root: Path,  # folder that the paths start from
     paths: Sequence[str],  # files relative to `root`
@@ -251,7 +251,7 @@ def content_key(
         fingerprints = pool.map(fingerprint, files, chunksize=64)
     return digest(RECIPE, list(size), list(paths), fingerprints)
 
-# %% ../nbs/03_batches.ipynb #0fb0551d
+# %% ../nbs/03_batches.ipynb #48fba869
 _one_at_a_time = threading.Lock()
 
 
@@ -276,7 +276,7 @@ def pack(
             write_checked(target, file_parts(decoded, (len(paths), *size, 3)))
         return PackedImages(target)
 
-# %% ../nbs/03_batches.ipynb #ee705c12
+# %% ../nbs/03_batches.ipynb #439a7e5c
 def check_request(root: Path, paths: Sequence[str], size: tuple[int, ...]) -> None:
     """Raise the sentence for an absent folder, an empty list, or an unusable size."""
     if not root.is_dir():
@@ -288,7 +288,7 @@ def check_request(root: Path, paths: Sequence[str], size: tuple[int, ...]) -> No
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"Image size {size} is not (height, width), as in (288, 144).")
 
-# %% ../nbs/03_batches.ipynb #2dda5aae
+# %% ../nbs/03_batches.ipynb #e29d1ab9
 class Stretches(NamedTuple):
     """Rows of one modality sorted by identity; identity i has `counts[i]` of them."""
 
@@ -296,7 +296,7 @@ class Stretches(NamedTuple):
     starts: np.ndarray  # int [n], where the identity begins in `rows`
     counts: np.ndarray  # int [n]
 
-# %% ../nbs/03_batches.ipynb #c66cccfb
+# %% ../nbs/03_batches.ipynb #145e2346
 def stretches(
     order: np.ndarray,  # int [N], the position of each row's label among all labels
     mask: np.ndarray,  # bool [N], rows of the modality
@@ -308,7 +308,7 @@ def stretches(
     rows = rows[np.argsort(order[rows], kind="stable")]
     return Stretches(rows, counts.cumsum() - counts, counts)
 
-# %% ../nbs/03_batches.ipynb #7158ac67
+# %% ../nbs/03_batches.ipynb #b87a835b
 def draw_rows(
     own: Stretches,  # the rows of one modality
     chosen: np.ndarray,  # int [P], positions of the drawn identities
@@ -320,7 +320,7 @@ def draw_rows(
     place = (rng.random((len(chosen), n_images)) * counts).astype(int)  # [P, K]
     return own.rows[own.starts[chosen, None] + place].reshape(-1)
 
-# %% ../nbs/03_batches.ipynb #8d6c93dd
+# %% ../nbs/03_batches.ipynb #3e975b66
 def draw_distinct_rows(
     own: Stretches, chosen: np.ndarray, n_images: int, rng: np.random.Generator
 ) -> np.ndarray:
@@ -331,7 +331,7 @@ def draw_distinct_rows(
     place = np.argsort(keys, axis=1)[:, :n_images]  # [P, K]
     return own.rows[own.starts[chosen, None] + place].reshape(-1)
 
-# %% ../nbs/03_batches.ipynb #bc7e698d
+# %% ../nbs/03_batches.ipynb #d452229c
 class IdentitySampler:
     """Draws identity-balanced batches of rows, as AGW's sampler does.
 
@@ -379,7 +379,7 @@ class IdentitySampler:
         """The batches of an epoch from step `start` on, each as `draw` gives it."""
         return (self.draw(epoch, step) for step in range(start, len(self)))
 
-# %% ../nbs/03_batches.ipynb #5f808753
+# %% ../nbs/03_batches.ipynb #0921ea74
 def check_sampler(
     sampler: IdentitySampler,
     modality: np.ndarray,  # str [N]
@@ -401,7 +401,7 @@ def check_sampler(
                 "or more in each modality: drop it from the training table."
             )
 
-# %% ../nbs/03_batches.ipynb #0f79cb41
+# %% ../nbs/03_batches.ipynb #dbb10e9a
 @dataclass
 class Batch:
     """What one training step sees: B visible and B infrared images and their labels."""
@@ -416,7 +416,7 @@ class Batch:
     infrared_joints: Tensor | None  # float [B, 17, 3]
     generator: torch.Generator  # on the CPU, for this step's augmentation
 
-# %% ../nbs/03_batches.ipynb #a45e682b
+# %% ../nbs/03_batches.ipynb #c1f45941
 JOINT_COLUMNS = [f"{axis}{joint}" for joint in range(17) for axis in "xyv"]
 
 
@@ -434,7 +434,7 @@ def joints_of(
     scale[:, 0, :2] = ratio[:, ::-1]
     return torch.from_numpy(joints.reshape(-1, 17, 3) * scale)  # [B, 17, 3]
 
-# %% ../nbs/03_batches.ipynb #e61b2cd6
+# %% ../nbs/03_batches.ipynb #1d5a7763
 def make_batch(
     packed: PackedImages,  # row i is row i of the table
     train_table: pd.DataFrame,  # with `label`, perhaps with joints
@@ -452,7 +452,7 @@ def make_batch(
     joints = [None if half is None else half.to(device) for half in joints]
     return Batch(*images, *labels, *halves, *joints, generator)
 
-# %% ../nbs/03_batches.ipynb #7fef33ee
+# %% ../nbs/03_batches.ipynb #4935afa3
 def batches(
     packed: PackedImages,
     train_table: pd.DataFrame,  # row i belongs to packed image i
@@ -479,7 +479,7 @@ def batches(
         return make_batch(packed, train_table, *rows, device, generator)
 
     steps = enumerate(sampler.epoch(epoch, start), start)
-    with ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(1, "read-ahead") as thread:
         waiting = deque(thread.submit(load, *job) for job in islice(steps, ahead))
         while waiting:
             batch = waiting.popleft().result()

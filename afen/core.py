@@ -6,12 +6,13 @@
 __all__ = ['project_root', 'atomic_path', 'papermill_command', 'nearest', 'Parameter', 'check_value', 'check_parameters',
            'digest', 'keyed_rng', 'torch_generator', 'seed_everything', 'pick_device', 'time_step']
 
-# %% ../nbs/00_core.ipynb #d13aeef8
+# %% ../nbs/00_core.ipynb #ab5520a6
 import difflib
 import hashlib
 import json
 import os
 import random
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ import numpy as np
 import psutil
 import torch
 
-# %% ../nbs/00_core.ipynb #4d6364c8
+# %% ../nbs/00_core.ipynb #31da3eac
 def project_root(
     start: Path | str | None = None,  # where to begin; the working directory if None
 ) -> Path:
@@ -37,7 +38,7 @@ def project_root(
             return folder
     return start
 
-# %% ../nbs/00_core.ipynb #a6579150
+# %% ../nbs/00_core.ipynb #8b206799
 @contextmanager
 def atomic_path(
     path: Path | str,  # the file to write
@@ -45,14 +46,14 @@ def atomic_path(
     """Yield a temporary path beside `path`; rename it if the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    draft = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
         yield draft
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #757c4449
+# %% ../nbs/00_core.ipynb #1d0a8ff9
 def papermill_command() -> list[str]:
     """The words of the papermill command that runs this kernel; empty if none does."""
     try:
@@ -61,7 +62,7 @@ def papermill_command() -> list[str]:
         return []
     return words if any(Path(w).name == "papermill" for w in words[:2]) else []
 
-# %% ../nbs/00_core.ipynb #12276b89
+# %% ../nbs/00_core.ipynb #c6221bfd
 def nearest(
     name: str,  # what the user wrote
     options: Iterable[str],  # what is known
@@ -78,7 +79,7 @@ def nearest(
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise ValueError(f"Unknown {what} {name!r}: {hint}(known: {', '.join(options)})")
 
-# %% ../nbs/00_core.ipynb #58e98711
+# %% ../nbs/00_core.ipynb #d547004a
 @dataclass(frozen=True)
 class Parameter:
     """What one notebook parameter may be: its type, its options or its range."""
@@ -89,7 +90,7 @@ class Parameter:
     high: float | None = None  # largest value allowed
     optional: bool = False  # whether None means "the preset decides"
 
-# %% ../nbs/00_core.ipynb #ce96d58a
+# %% ../nbs/00_core.ipynb #ea686994
 def check_value(
     name: str,  # the parameter's name, for the sentence
     value: Any,  # what was given
@@ -110,7 +111,7 @@ def check_value(
         raise ValueError(f"Parameter {name} is {value}: it must be {allowed}.")
     return value
 
-# %% ../nbs/00_core.ipynb #17decebc
+# %% ../nbs/00_core.ipynb #89306a8f
 def _wrong_type(name: str, value: Any, kind: type) -> str:
     """The sentence for a value of the wrong type, with papermill's spelling."""
     words, example = {
@@ -138,7 +139,7 @@ def _range(low: float | None, high: float | None) -> str:
         return f"at least {low}"
     return f"at most {high}" if low is None else f"between {low} and {high}"
 
-# %% ../nbs/00_core.ipynb #d4a222d2
+# %% ../nbs/00_core.ipynb #3add6f96
 def check_parameters(
     given: Mapping[str, Any],  # every name and value the notebook now has
     schema: Mapping[str, Parameter],  # every name it knows
@@ -151,7 +152,7 @@ def check_parameters(
         nearest(name, schema, "parameter")
     return {name: check_value(name, given[name], schema[name]) for name in schema}
 
-# %% ../nbs/00_core.ipynb #8f818b8d
+# %% ../nbs/00_core.ipynb #b3016e04
 def digest(
     *parts: Any,  # bytes, arrays, paths (their file's bytes), or anything JSON can hold
 ) -> str:
@@ -168,7 +169,7 @@ def digest(
         state.update(len(part).to_bytes(8, "little") + part)
     return state.hexdigest()
 
-# %% ../nbs/00_core.ipynb #0710a9fe
+# %% ../nbs/00_core.ipynb #dc75d2cf
 def keyed_rng(*keys: int | str) -> np.random.Generator:
     """A NumPy generator whose stream depends on the keys and on nothing else."""
     return np.random.default_rng(int(digest(*keys), 16))
@@ -178,7 +179,7 @@ def torch_generator(*keys: int | str) -> torch.Generator:
     """A CPU generator for torch: drawn there and moved, all devices see the same."""
     return torch.Generator().manual_seed(int(digest(*keys)[:15], 16))
 
-# %% ../nbs/00_core.ipynb #52aa134c
+# %% ../nbs/00_core.ipynb #edd434f9
 def seed_everything(
     seed: int,  # any non-negative integer
 ) -> None:
@@ -187,7 +188,7 @@ def seed_everything(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #8212c444
+# %% ../nbs/00_core.ipynb #7f25faec
 def pick_device(
     name: str = "auto",  # "auto", "cpu", "cuda", "cuda:1", "mps"
 ) -> torch.device:
@@ -206,7 +207,7 @@ def pick_device(
         ) from None
     return torch.device(name)
 
-# %% ../nbs/00_core.ipynb #1aada3fa
+# %% ../nbs/00_core.ipynb #8ffb4b0d
 def time_step(
     step: Callable[[], Any],  # runs one training step
     device: torch.device,

@@ -6,7 +6,7 @@
 __all__ = ['OPTIONS', 'Factory', 'NORMS', 'ACTIVATIONS', 'BRANCHES', 'PRESETS', 'LayerNorm2d', 'ConvEmbedding', 'Smooth',
            'FeatureRefinement', 'start_small', 'spatial_context', 'Mixer', 'ConvMLP', 'FEM', 'from_preset']
 
-# %% ../nbs/12_fem.ipynb #658b21f1
+# %% ../nbs/12_fem.ipynb #54fc5e14
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +18,7 @@ from .core import nearest
 from .mecs import JOINS, Join, check_map, check_odd
 from .mecs import check_options, check_subset, depthwise
 
-# %% ../nbs/12_fem.ipynb #3d5b6978
+# %% ../nbs/12_fem.ipynb #53f63e14
 OPTIONS = {
     "norm": ("layer", "batch"),  # F1
     "embedding": ("residual", "plain", "none"),  # F2
@@ -31,7 +31,7 @@ OPTIONS = {
     "low": ("product", "smooth"),  # F13
 }
 
-# %% ../nbs/12_fem.ipynb #2d4b538e
+# %% ../nbs/12_fem.ipynb #92be67dd
 class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of each position of [B, C, H, W] (F1)."""
 
@@ -46,13 +46,13 @@ class LayerNorm2d(nn.LayerNorm):
         x = super().forward(x.permute(0, 2, 3, 1))  # [B, H, W, C]
         return x.permute(0, 3, 1, 2)  # [B, C, H, W]
 
-# %% ../nbs/12_fem.ipynb #6b3d5f04
+# %% ../nbs/12_fem.ipynb #067fda30
 Factory = Callable[..., nn.Module]
 
 NORMS: dict[str, Factory] = {"layer": LayerNorm2d, "batch": nn.BatchNorm2d}
 ACTIVATIONS: dict[str, Factory] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
-# %% ../nbs/12_fem.ipynb #e09af434
+# %% ../nbs/12_fem.ipynb #00e5b55e
 class ConvEmbedding(nn.Module):
     """CE: x + LN(GELU(depthwise(x))), [B, C, H, W] (F2)."""
 
@@ -71,7 +71,7 @@ class ConvEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x) if self.residual else self.body(x)
 
-# %% ../nbs/12_fem.ipynb #750bbc8f
+# %% ../nbs/12_fem.ipynb #c4a372af
 class Smooth(nn.Module):
     """F to Q: down to half the size and back, [B, C, H, W] (F4, F5)."""
 
@@ -96,7 +96,7 @@ class Smooth(nn.Module):
         P = self.down(F)  # [B, C, ceil(H/2), ceil(W/2)]
         return functional.interpolate(P, F.shape[2:], mode=self.up)  # Q, [B, C, H, W]
 
-# %% ../nbs/12_fem.ipynb #b7becdc5
+# %% ../nbs/12_fem.ipynb #2aa0c59f
 BRANCHES = ("high", "low")
 
 
@@ -133,7 +133,7 @@ class FeatureRefinement(nn.Module):
         T = torch.cat([self.filters[name](parts[name]) for name in self.branches], 1)
         return self.project(T)
 
-# %% ../nbs/12_fem.ipynb #0bc81978
+# %% ../nbs/12_fem.ipynb #33b450fa
 def start_small(
     module: nn.Module,  # its convolutions are set, in place
 ) -> None:
@@ -143,7 +143,7 @@ def start_small(
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
-# %% ../nbs/12_fem.ipynb #345fac75
+# %% ../nbs/12_fem.ipynb #feaf7685
 def spatial_context(
     channels: int,  # C, a multiple of 4
     norm: Factory = LayerNorm2d,
@@ -158,7 +158,7 @@ def spatial_context(
     conv = nn.Conv2d(channels, channels, 7, padding=3, groups=4)
     return nn.Sequential(conv, act(), norm(channels))
 
-# %% ../nbs/12_fem.ipynb #1bcbb8c2
+# %% ../nbs/12_fem.ipynb #cae985e8
 class Mixer(nn.Module):
     """CE, compression, FRM and the fusing 1x1: FEM's first half, [B, C, H, W]."""
 
@@ -196,7 +196,7 @@ class Mixer(nn.Module):
             refined = torch.cat([refined, self.partner(F)], 1)
         return self.fuse(refined)  # [B, C, H, W]
 
-# %% ../nbs/12_fem.ipynb #02df9a36
+# %% ../nbs/12_fem.ipynb #2992f43a
 class ConvMLP(nn.Module):
     """FANet's convolutional MLP, C to ratio * C to C, [B, C, H, W] (F10)."""
 
@@ -218,14 +218,14 @@ class ConvMLP(nn.Module):
         wide = self.widen(x)  # [B, ratio * C, H, W]
         return self.narrow(wide + self.local(wide))  # [B, C, H, W]
 
-# %% ../nbs/12_fem.ipynb #a5b05ed5
+# %% ../nbs/12_fem.ipynb #eabba218
 PRESETS = {
     "paper": {"fuse": "none", "join": "residual_zero"},
     "paper_bare": {"fuse": "none", "join": "replace"},
     "origin": {"fuse": "scm", "join": "residual"},
 }
 
-# %% ../nbs/12_fem.ipynb #db7a9b33
+# %% ../nbs/12_fem.ipynb #de803cce
 class FEM(nn.Module):
     """Feature enhancement module (Section 3.2), [B, C, H, W] to the same shape.
 
@@ -275,7 +275,7 @@ class FEM(nn.Module):
             update = more if replaces else update + more
         return self.join(x, update)
 
-# %% ../nbs/12_fem.ipynb #af86b20a
+# %% ../nbs/12_fem.ipynb #35424ab4
 def from_preset(
     name: str,  # one of PRESETS
     channels: int,  # C of the maps it will see

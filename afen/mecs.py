@@ -8,7 +8,7 @@ __all__ = ['JOINS', 'OPTIONS', 'POOLS', 'PRESETS', 'check_options', 'check_subse
            'depthwise', 'strip_convolutions', 'MultiScale', 'SpatialAttention', 'Join', 'MECS', 'from_preset',
            'silent_parameters']
 
-# %% ../nbs/11_mecs.ipynb #853e2c58
+# %% ../nbs/11_mecs.ipynb #1bf48f08
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from .core import nearest
 
-# %% ../nbs/11_mecs.ipynb #31a2b3fb
+# %% ../nbs/11_mecs.ipynb #0a25c363
 JOINS = ("residual_zero", "residual", "replace")
 
 OPTIONS = {
@@ -32,7 +32,7 @@ OPTIONS = {
     "join": JOINS,  # M13
 }
 
-# %% ../nbs/11_mecs.ipynb #ea7b1aaa
+# %% ../nbs/11_mecs.ipynb #5c97efcf
 def check_options(
     options: Mapping[str, Sequence[str]],  # every switch and its known values
     **given: str,  # switches and the values they were given
@@ -56,7 +56,7 @@ def check_subset(
         )
     return names
 
-# %% ../nbs/11_mecs.ipynb #e7b28d88
+# %% ../nbs/11_mecs.ipynb #af8ef41e
 def check_map(
     x: Tensor,  # what the module was given
     channels: int,  # what it was built for
@@ -69,7 +69,7 @@ def check_map(
             f"{list(x.shape)}: build it with the channels of the stage it follows."
         )
 
-# %% ../nbs/11_mecs.ipynb #06f3b940
+# %% ../nbs/11_mecs.ipynb #920e68bb
 def average_pool(
     x: Tensor,  # [B, C, H, W]
 ) -> Tensor:
@@ -83,7 +83,7 @@ def maximum_pool(
     """The largest value over all positions, [B, C, 1, 1] (Eq. 1)."""
     return x.amax((2, 3), keepdim=True)  # [B, C, 1, 1]
 
-# %% ../nbs/11_mecs.ipynb #e5e8a518
+# %% ../nbs/11_mecs.ipynb #9bb8f087
 def lower_median(
     values: Tensor,  # [..., N]
     impl: str = "torch",  # "torch" or "sort" (M5)
@@ -112,14 +112,14 @@ def median_pool(
         middle = (middle + upper) / 2
     return middle[..., None, None]  # [B, C, 1, 1]
 
-# %% ../nbs/11_mecs.ipynb #3f3ff90b
+# %% ../nbs/11_mecs.ipynb #f86e9385
 def zero_median_share(
     x: Tensor,  # [B, C, H, W], after a ReLU
 ) -> float:
     """The share of (image, channel) pairs whose lower median is exactly 0 (M6)."""
     return (median_pool(x) == 0).float().mean().item()
 
-# %% ../nbs/11_mecs.ipynb #d068067a
+# %% ../nbs/11_mecs.ipynb #d9c003dc
 def shared_mlp(
     channels: int,  # C
     reduction: int = 4,  # r: the hidden width is C/r, at least 1 (M1)
@@ -132,7 +132,7 @@ def shared_mlp(
         nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, channels, 1)
     )
 
-# %% ../nbs/11_mecs.ipynb #1a11fe52
+# %% ../nbs/11_mecs.ipynb #028f3f2e
 def combine(
     logits: Tensor,  # [pools, ...]: the MLP's answer to each statistic
     gate: str = "sum_sigmoid",  # or "mean_sigmoid", "sigmoid_sum" (M2)
@@ -143,7 +143,7 @@ def combine(
     maps = logits.sigmoid()
     return maps.sum(0) if gate == "sum_sigmoid" else maps.mean(0)
 
-# %% ../nbs/11_mecs.ipynb #23299ba6
+# %% ../nbs/11_mecs.ipynb #9da3709b
 POOLS = ("average", "maximum", "median")
 
 
@@ -181,7 +181,7 @@ class ChannelAttention(nn.Module):
     def forward(self, F: Tensor) -> Tensor:
         return self.attention(F) * F  # Eq. (2)
 
-# %% ../nbs/11_mecs.ipynb #86ffb5b4
+# %% ../nbs/11_mecs.ipynb #ed073387
 def check_odd(
     rows: int,  # taps of a kernel
     columns: int,
@@ -206,7 +206,7 @@ def depthwise(
         channels, channels, (rows, columns), stride, padding, groups=channels
     )
 
-# %% ../nbs/11_mecs.ipynb #f328ae10
+# %% ../nbs/11_mecs.ipynb #7e69a3a0
 def strip_convolutions(
     channels: int,  # C
     strips: Sequence[int] = (7, 11, 21),  # taps, odd (M8)
@@ -220,7 +220,7 @@ def strip_convolutions(
         return nn.ModuleList(nn.Sequential(*pair) for pair in pairs)
     return nn.ModuleList(strip for pair in pairs for strip in pair)
 
-# %% ../nbs/11_mecs.ipynb #dc06ef18
+# %% ../nbs/11_mecs.ipynb #519199f2
 class MultiScale(nn.Module):
     """F_s of Eq. (3): depthwise strips over a 5x5 convolution, [B, C, H, W]."""
 
@@ -248,7 +248,7 @@ class MultiScale(nn.Module):
         F_s = sum(strip(base) for strip in self.strips)  # Eq. (3)
         return F_s + {"none": 0, "base": base, "input": F}[self.extra]
 
-# %% ../nbs/11_mecs.ipynb #d86a3fa5
+# %% ../nbs/11_mecs.ipynb #96d8c935
 class SpatialAttention(nn.Module):
     """F'' of Eqs. (3) and (4): the map times one weight a position, [B, C, H, W]."""
 
@@ -271,7 +271,7 @@ class SpatialAttention(nn.Module):
     def forward(self, F: Tensor) -> Tensor:
         return self.attention(F) * F  # Eq. (4)
 
-# %% ../nbs/11_mecs.ipynb #4ba25ecc
+# %% ../nbs/11_mecs.ipynb #45f46215
 class Join(nn.Module):
     """What the next layer receives from a module inserted after x (M13, F9)."""
 
@@ -289,14 +289,14 @@ class Join(nn.Module):
             return update
         return x + (self.gain * update if self.kind == "residual_zero" else update)
 
-# %% ../nbs/11_mecs.ipynb #eff592a4
+# %% ../nbs/11_mecs.ipynb #aa487ba7
 PRESETS = {
     "paper": {"projection": "single", "join": "residual_zero"},
     "paper_bare": {"projection": "single", "join": "replace"},
     "origin": {"projection": "tied", "join": "replace"},
 }
 
-# %% ../nbs/11_mecs.ipynb #987137d9
+# %% ../nbs/11_mecs.ipynb #4e849f8f
 class MECS(nn.Module):
     """Median-enhanced channel and spatial attention, Eqs. (1) to (4), [B, C, H, W].
 
@@ -346,7 +346,7 @@ class MECS(nn.Module):
         check_map(x, self.channels, "MECS")
         return self.join(x, self.update(x))
 
-# %% ../nbs/11_mecs.ipynb #564ca19d
+# %% ../nbs/11_mecs.ipynb #69fef1bc
 def from_preset(
     name: str,  # one of PRESETS
     channels: int,  # C of the maps it will see
@@ -356,7 +356,7 @@ def from_preset(
     switches = PRESETS[nearest(name, PRESETS, "MECS preset")]
     return MECS(channels, **{**switches, **changes})
 
-# %% ../nbs/11_mecs.ipynb #5b81307a
+# %% ../nbs/11_mecs.ipynb #fe150854
 def silent_parameters(
     module: nn.Module,  # maps [B, C, H, W] to [B, C, H, W]
     x: Tensor,  # [B, C, H, W]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POCKET', 'Recipe', 'Method', 'names', 'method_class', 'create']
 
-# %% ../nbs/14_method.ipynb #32723f04
+# %% ../nbs/14_method.ipynb #f7365b6c
 import importlib
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import afen.methods
 from .core import Parameter, check_parameters, nearest
 
-# %% ../nbs/14_method.ipynb #7bed0731
+# %% ../nbs/14_method.ipynb #06e38ee4
 @dataclass(frozen=True)
 class Recipe:
     """How a method is trained. Sources: P the paper, C the released CAJ, O ours."""
@@ -35,6 +35,7 @@ class Recipe:
     momentum: float = 0.9  # (P)
     nesterov: bool = True  # (C)
     weight_decay: float = 5e-4  # (P)
+    clip: float | None = None  # largest norm of the gradient, if it is bounded (O)
     schedule: str = "step"  # "step" (P) or "cosine" (PMT)
     warmup: int = 10  # epochs of linear warm-up (C)
     drops: tuple[int, ...] = (20, 50)  # epochs at which the rate falls tenfold (P)
@@ -53,21 +54,24 @@ class Recipe:
             self, epochs=epochs, warmup=round(self.warmup * share), drops=drops
         )
 
-# %% ../nbs/14_method.ipynb #7c967ee4
+# %% ../nbs/14_method.ipynb #748fa5af
 POCKET = Recipe(
     height=96,
     width=48,
     pad=5,
     depth=18,
     weights="none",
-    epochs=14,
-    warmup=2,
-    drops=(9, 12),
-    lr=0.05,
-    backbone_lr=1.0,
+    identities=16,
+    images=2,
+    epochs=7,
+    warmup=1,
+    drops=(5, 6),
+    backbone_lr=0.3,
+    clip=5.0,
+    erasing=0.0,
 )
 
-# %% ../nbs/14_method.ipynb #994800f2
+# %% ../nbs/14_method.ipynb #c9116d6c
 class Method(nn.Module):
     """A row of Table 1. Subclasses build their network and fill in the verbs."""
 
@@ -102,7 +106,7 @@ class Method(nn.Module):
         """The parameters that learn at the full rate; all others at `backbone_lr`."""
         return iter(())
 
-# %% ../nbs/14_method.ipynb #efa6832d
+# %% ../nbs/14_method.ipynb #3f4ade39
 def names() -> list[str]:
     """The methods there are, by their module's name."""
     modules = pkgutil.iter_modules(afen.methods.__path__)
@@ -116,7 +120,7 @@ def method_class(name: str) -> type[Method]:
     found = vars(module).values()
     return next(c for c in found if isinstance(c, type) and vars(c).get("name") == name)
 
-# %% ../nbs/14_method.ipynb #aa400015
+# %% ../nbs/14_method.ipynb #a3ca50d9
 def create(
     name: str,  # "afen", "agw", ...
     n_identities: int,  # classes of the training set

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'lr_factor', 'parameter_groups', 'make_optimiser', 'set_lr', 'make_sampler', 'train_step',
            'fastest_precision', 'estimate', 'health', 'train_epoch', 'save_checkpoint', 'load_checkpoint', 'Run',
-           'progress_bar', 'embed']
+           'progress_bar', 'embed', 'check_finite']
 
-# %% ../nbs/21_training.ipynb #ce2eb0dc
+# %% ../nbs/21_training.ipynb #0a253372
 import math
 import sys
 import time
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 from tqdm import tqdm as text_tqdm
@@ -33,7 +34,7 @@ from afen.core import (
 )
 from .method import Method, Recipe
 
-# %% ../nbs/21_training.ipynb #6edb7a80
+# %% ../nbs/21_training.ipynb #4583f442
 def lr_factor(
     recipe: Recipe,
     epoch: int,  # from 0
@@ -53,7 +54,7 @@ def _cosine(recipe: Recipe, epoch: int) -> float:
         return floor + (1 - floor) * now / recipe.warmup
     return floor + (1 - floor) * (1 + math.cos(math.pi * now / recipe.epochs)) / 2
 
-# %% ../nbs/21_training.ipynb #106e4290
+# %% ../nbs/21_training.ipynb #11d2f3f6
 def parameter_groups(method: Method) -> list[dict[str, Any]]:
     """Two optimiser groups, each with its `share` of the learning rate."""
     head = {id(p) for p in method.head_parameters()}
@@ -86,7 +87,7 @@ def set_lr(optimiser: torch.optim.Optimizer, recipe: Recipe, epoch: int) -> floa
         group["lr"] = lr * group["share"]
     return lr
 
-# %% ../nbs/21_training.ipynb #6a2461be
+# %% ../nbs/21_training.ipynb #6b2b03e8
 def make_sampler(
     table: pd.DataFrame,  # Split.train: label, modality
     recipe: Recipe,
@@ -102,7 +103,7 @@ def make_sampler(
         replacement=recipe.replacement,
     )
 
-# %% ../nbs/21_training.ipynb #996a8179
+# %% ../nbs/21_training.ipynb #cb2359c2
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -120,12 +121,14 @@ def train_step(
     total = sum(losses.values())
     optimiser.zero_grad(set_to_none=True)
     total.backward()
+    if method.recipe.clip is not None:
+        torch.nn.utils.clip_grad_norm_(method.parameters(), method.recipe.clip)
     optimiser.step()
     return {name: loss.detach() for name, loss in losses.items()} | {
         "loss": total.detach()
     }
 
-# %% ../nbs/21_training.ipynb #70570ebf
+# %% ../nbs/21_training.ipynb #ee5138db
 def fastest_precision(
     method: Method,
     batch: Batch,
@@ -150,7 +153,7 @@ def fastest_precision(
     best = min(times, key=times.get)
     return best, times[best]
 
-# %% ../nbs/21_training.ipynb #6d93b082
+# %% ../nbs/21_training.ipynb #b2eafbc5
 def estimate(
     seconds: float,  # per step, measured
     steps: int,  # per epoch
@@ -166,7 +169,7 @@ def estimate(
         f"{epochs} epochs x {steps} steps x {seconds:.2f} s = {total / size:.1f} {unit}"
     )
 
-# %% ../nbs/21_training.ipynb #a0cad762
+# %% ../nbs/21_training.ipynb #ac5a5331
 def health(
     losses: dict[str, float],  # an epoch's mean losses
     n_identities: int,
@@ -192,7 +195,7 @@ def health(
         said.append("metric loss is at log 2 = 0.693: the features collapsed (L5)")
     return [f"epoch {epoch}: {sentence}" for sentence in said]
 
-# %% ../nbs/21_training.ipynb #450da7bc
+# %% ../nbs/21_training.ipynb #6be41b20
 def train_epoch(
     method: Method,
     optimiser: torch.optim.Optimizer,
@@ -214,7 +217,7 @@ def train_epoch(
             bar.update()
     return {name: float(total) / (step + 1) for name, total in sums.items()}
 
-# %% ../nbs/21_training.ipynb #d74f430a
+# %% ../nbs/21_training.ipynb #5ec28cd6
 def save_checkpoint(path: Path, **state: Any) -> None:
     """Write a checkpoint; a half-written one never replaces a whole one."""
     with atomic_path(path) as draft:
@@ -243,7 +246,7 @@ def load_checkpoint(
         )
     return state
 
-# %% ../nbs/21_training.ipynb #eafb6556
+# %% ../nbs/21_training.ipynb #55dc13c2
 class Run:
     """One training: what it needs, where it stands, and how to go on.
 
@@ -282,7 +285,7 @@ class Run:
             choice = fastest_precision(self.method, example, precision)
             self.precision, self.seconds = choice
 
-# %% ../nbs/21_training.ipynb #b7ff2489
+# %% ../nbs/21_training.ipynb #08da9790
 @patch
 def stream(self: Run, epoch: int) -> Iterator[Batch]:
     """The batches of an epoch."""
@@ -304,7 +307,7 @@ def sweep(self: Run, epoch: int) -> Iterator[Batch]:
         generator = torch_generator("sweep", self.seed, epoch, i)
         yield make_batch(self.packed, self.table, *parts, self.device, generator)
 
-# %% ../nbs/21_training.ipynb #19f75279
+# %% ../nbs/21_training.ipynb #386c1ef4
 @patch
 def fit(self: Run, progress: bool = True) -> pd.DataFrame:
     """Train the remaining epochs; return the metrics, a row per epoch."""
@@ -348,7 +351,7 @@ def _one_epoch(self: Run, epoch: int, bar: Any) -> dict[str, float]:
     self._save()
     return self.rows[-1]
 
-# %% ../nbs/21_training.ipynb #4df96f6a
+# %% ../nbs/21_training.ipynb #7dd5edfa
 @patch
 def _save(self: Run) -> None:
     """Leave the checkpoint and the metrics in the folder."""
@@ -383,7 +386,7 @@ def _restore(self: Run, state: dict[str, Any]) -> None:
     for name, value in state.items():
         setattr(self, name, value)
 
-# %% ../nbs/21_training.ipynb #b64585c6
+# %% ../nbs/21_training.ipynb #ad5bbd62
 @torch.no_grad()
 def embed(
     method: Method,
@@ -404,8 +407,18 @@ def embed(
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 views = [images, images.flip(3)] if flip else [images]
                 mean = sum(method.embed(view, name).float() for view in views)
-            found = torch.nn.functional.normalize(mean).cpu().numpy()
+            found = F.normalize(mean).cpu().numpy()
+            check_finite(found)
             if features is None:
                 features = np.zeros((len(modality), found.shape[1]), np.float32)
             features[part] = found
     return features
+
+
+def check_finite(features: np.ndarray) -> None:
+    """Raise FloatingPointError if the network no longer gives numbers."""
+    if not np.isfinite(features).all():
+        raise FloatingPointError(
+            "The trained network gives features that are not numbers: training "
+            "diverged, so lower the learning rate (-p lr) and train again."
+        )

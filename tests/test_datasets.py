@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -165,6 +166,15 @@ def test_regdb_trial_selects_the_training_people_too(regdb):
     assert len(seen) > 1
 
 
+def test_regdb_labels_are_contiguous_whatever_the_lists_say(regdb):
+    expected = load("regdb", regdb).train
+    for modality in ("visible", "thermal"):
+        file = regdb / f"idx/train_{modality}_1.txt"
+        lines = [line.rsplit(" ", 1) for line in file.read_text().splitlines()]
+        write_lines(file, [f"{path} {5 + 3 * int(label)}" for path, label in lines])
+    pd.testing.assert_frame_equal(load("regdb", regdb).train, expected)
+
+
 def _append(file: Path, text: str) -> None:
     file.write_text(file.read_text() + text)
 
@@ -183,10 +193,6 @@ REGDB_FAULTS = {
         lambda root: _append(root / "idx/train_visible_1.txt",
                              (root / "idx/train_visible_1.txt").read_text()),
         ValueError, "twice"),
-    "gap": (
-        lambda root: _append(root / "idx/train_visible_1.txt",
-                             write(root, "Visible/77/a.bmp") + " 9\n"),
-        ValueError, "label 3 is missing"),
     "two people": (
         lambda root: _append(root / "idx/train_visible_1.txt",
                              write(root, "Visible/77/a.bmp") + " 2\n"),
@@ -359,9 +365,9 @@ SYSU_FAULTS = {
     "ids not numbers": (
         lambda root: write_lines(root / "exp/test_id.txt", ["14,five"]),
         ValueError, "whole numbers"),
-    "empty ids": (
+    "no test ids": (
         lambda root: write_lines(root / "exp/test_id.txt", []),
-        ValueError, "whole numbers"),
+        ValueError, "no query or no gallery"),
     "shared id": (
         lambda root: write_lines(root / "exp/val_id.txt", ["2,14"]),
         ValueError, "identity 14 is in training and in test"),
@@ -378,6 +384,15 @@ SYSU_FAULTS = {
         lambda root: (root / "cam4/0014/0002.jpg").unlink()
         or [p.unlink() for p in (root / "cam4/0014").iterdir() if p.name > "0003"],
         ValueError, "does not fit cam4/0014"),
+    "lost cell": (
+        lambda root: shutil.rmtree(root / "cam4/0014"),
+        ValueError, "does not fit cam4/0014, which has 0 of 14"),
+    "lost person": (
+        lambda root: [shutil.rmtree(p) for p in root.glob("cam*/0110")],
+        ValueError, "does not fit cam1/0110, which has 0 of"),
+    "lost camera": (
+        lambda root: shutil.rmtree(root / "cam4"),
+        FileNotFoundError, "incomplete at .* folder cam4/"),
     "no test images": (
         lambda root: write_lines(root / "exp/test_id.txt", ["900"]),
         ValueError, "no query or no gallery"),
@@ -397,6 +412,19 @@ def test_sysu_faults(sysu, fault):
     damage(sysu)
     with pytest.raises(error, match=sentence):
         load("sysu", sysu, gallery="official")
+
+
+@pytest.mark.parametrize("content", [
+    np.array([[1], [2]], object), np.array(["a", "b"]), np.array([1.5, 2]),
+    np.array([np.nan, 1]),
+])
+def test_sysu_ids_in_a_mat_that_are_no_numbers(sysu, content):
+    (sysu / "exp/test_id.txt").unlink()
+    savemat(sysu / "exp/test_id.mat", {"id": content})
+    with pytest.raises(ValueError, match="test_id.mat must hold whole numbers"):
+        load("sysu", sysu)
+    report = verify("sysu", sysu).set_index("what")
+    assert "whole numbers" in report.note["test identities"]
 
 
 # LLCM
@@ -494,6 +522,9 @@ def test_joints_are_joined_on_the_path(regdb):
     pd.concat([joints, joints[:1]]).to_csv(regdb / "joints.csv", index=False)
     with pytest.raises(ValueError, match="a path twice"):
         load("regdb", regdb)
+    (regdb / "joints.csv").write_bytes(b"")
+    with pytest.raises(ValueError, match="joints.csv cannot be read as a table"):
+        load("regdb", regdb)
 
 
 @pytest.mark.parametrize("name", ["regdb", "sysu", "llcm", "folder"])
@@ -503,6 +534,22 @@ def test_a_missing_set_says_what_to_do(tmp_path, name):
     sentence = str(caught.value)
     assert str(tmp_path / "nowhere") in sentence and SOURCES[name].obtain in sentence
     assert "-p dataset pocket-" in sentence and "\n" not in sentence
+
+
+@pytest.mark.parametrize("name, lost", [
+    ("regdb", "Thermal"), ("sysu", "cam2"),
+    ("llcm", "test_nir"), ("folder", "infrared"),
+])
+def test_a_set_without_one_of_its_folders(request, name, lost):
+    root = request.getfixturevalue(name)
+    shutil.rmtree(root / lost)
+    with pytest.raises(FileNotFoundError, match=f"incomplete at .* folder {lost}/"):
+        load(name, root)
+
+
+def test_names():
+    layouts = ("regdb", "sysu", "llcm", "folder", "pocket-regdb", "pocket-sysu")
+    assert datasets.NAMES == layouts
 
 
 def test_root_defaults_to_the_project(tmp_path, monkeypatch, regdb):
@@ -544,6 +591,17 @@ def test_summary(sysu):
 # Verification against the published counts
 
 
+@pytest.fixture
+def roomy(tmp_path: Path):
+    """A place for tens of thousands of files: in memory where that has a gigabyte."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or shutil.disk_usage(memory).free < 2**30:
+        yield tmp_path
+    else:
+        with tempfile.TemporaryDirectory(dir=memory) as folder:
+            yield Path(folder)
+
+
 def spread(total: int, people) -> dict[int, int]:
     """As equal shares of `total` as whole numbers allow."""
     base, extra = divmod(total, len(people))
@@ -568,8 +626,8 @@ def full_sysu(root: Path) -> Path:
     return sysu_tree(root, ids, sizes)
 
 
-def test_verify_a_complete_regdb(tmp_path):
-    root = regdb_tree(tmp_path, people=412, images=10)
+def test_verify_a_complete_regdb(roomy):
+    root = regdb_tree(roomy, people=412, images=10)
     report = verify("regdb", root)
     assert list(report) == ["what", "expected", "found", "ok", "note"]
     assert report.ok.all(), report[~report.ok]
@@ -587,8 +645,8 @@ def test_verify_a_complete_regdb(tmp_path):
     assert report.note["listed images that are missing"] == first
 
 
-def test_verify_a_complete_sysu(tmp_path):
-    root = full_sysu(tmp_path)
+def test_verify_a_complete_sysu(roomy):
+    root = full_sysu(roomy)
     report = verify("sysu", root)
     assert report.ok.all(), report[~report.ok]
     assert set(PUBLISHED.what[PUBLISHED.layout == "sysu"]) <= set(report.what)
@@ -608,22 +666,22 @@ def test_verify_a_complete_sysu(tmp_path):
     assert report.found["queries"] == 1920
 
 
-def test_verify_a_complete_llcm(tmp_path):
+def test_verify_a_complete_llcm(roomy):
     for short, n_train, n_test in (("vis", 16946, 8680), ("nir", 13975, 7166)):
         lines = [
-            f"{write(tmp_path, f'{short}/{p:04d}/{p:04d}_c01_{i}.jpg')} {p - 1}"
+            f"{write(roomy, f'{short}/{p:04d}/{p:04d}_c01_{i}.jpg')} {p - 1}"
             for p, n in spread(n_train, range(1, 714)).items() for i in range(n)
         ]
-        write_lines(tmp_path / f"idx/train_{short}.txt", lines)
+        write_lines(roomy / f"idx/train_{short}.txt", lines)
         for person, n in spread(n_test, range(714, 1065)).items():
             for image in range(n):
-                write(tmp_path, f"test_{short}/cam5/{person:04d}/{image}.jpg")
+                write(roomy, f"test_{short}/cam5/{person:04d}/{image}.jpg")
     ids = ",".join(map(str, range(714, 1065)))
-    write_lines(tmp_path / "idx/test_id.txt", [ids])
-    report = verify("llcm", tmp_path)
+    write_lines(roomy / "idx/test_id.txt", [ids])
+    report = verify("llcm", roomy)
     assert report.ok.all(), report[~report.ok]
-    write_lines(tmp_path / "idx/test_id.txt", [ids + ",1,1100"])
-    report = verify("llcm", tmp_path).set_index("what")
+    write_lines(roomy / "idx/test_id.txt", [ids + ",1,1100"])
+    report = verify("llcm", roomy).set_index("what")
     assert report.note["identities in training and test"] == "1"
     assert report.note["listed identities without images"] == "1, 1100"
 
@@ -635,6 +693,15 @@ def test_verify_small_trees_keeps_to_the_rules(regdb, sysu, llcm, folder):
         rule = report.expected == 0
         assert report.ok[rule].all(), report[~report.ok]
         assert not report.ok[~rule].any()
+
+
+def test_verify_counts_indoor_queries_with_a_match(sysu):
+    """Person 5 is in camera 2 only, which is dropped for the queries of camera 3."""
+    report = verify("sysu", sysu).set_index("what")
+    matched = [*sysu.glob("cam3/0014/*"), *sysu.glob("cam3/0110/*"),
+               *sysu.glob("cam6/0014/*"), *sysu.glob("cam6/0110/*")]
+    assert list(sysu.glob("cam3/0005/*"))
+    assert report.found["indoor queries with a match"] == len(matched)
 
 
 @pytest.mark.parametrize("name", ["regdb", "sysu", "llcm", "folder"])
@@ -656,6 +723,9 @@ def test_verify_a_folder(folder):
     report = verify("folder", folder).set_index("what")
     assert report.note["identities of one modality only"] == "cy"
     assert report.note["empty image files"] == "visible/bo/cam3/1.JPG"
+    (folder / "visible/bo/left").mkdir()
+    report = verify("folder", folder).set_index("what")
+    assert "bo/left has no" in report.note["camera folders without a number"]
 
 
 def test_every_expected_number_has_a_source():

@@ -1,0 +1,161 @@
+"""train.ipynb as people run it: through papermill's command line, on written trees."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+from safetensors import safe_open
+
+from afen.people import write_tree
+from afen.records import read_record
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPERMILL = Path(sys.executable).with_name("papermill")
+QUICK = {"preset": "pocket", "epochs": 2, "steps": 1, "identities": 2, "images": 2}
+SETTINGS = {
+    "regdb": {"visible-to-infrared", "infrared-to-visible"},
+    "sysu": {"all-single", "all-multi", "indoor-single", "indoor-multi"},
+    "llcm": {"visible-to-infrared", "infrared-to-visible"},
+    "folder": {"visible-to-infrared", "infrared-to-visible"},
+}
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory):
+    """A small rendered tree in each layout."""
+    folder = tmp_path_factory.mktemp("trees")
+    size = {"n_train": 4, "n_test": 4, "n_images": 2, "size": (48, 24)}
+    return {name: write_tree(name, folder / name, **size) for name in SETTINGS}
+
+
+def command(output, **parameters):
+    """The papermill command that runs train.ipynb with these parameters."""
+    words = [PAPERMILL, "--no-progress-bar", ROOT / "nbs" / "train.ipynb", output]
+    for name, value in parameters.items():
+        words += ["-p", name, str(value)]
+    return [str(word) for word in words]
+
+
+def train(folder, **parameters):
+    """Run train.ipynb to its end; returns the finished process."""
+    words = command(folder / "out.ipynb", out=folder / "run", **parameters)
+    return subprocess.run(
+        words, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT
+    )
+
+
+def last_line(process):
+    return process.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("dataset", SETTINGS)
+def test_every_layout_trains_and_leaves_a_whole_run(trees, tmp_path, dataset):
+    done = train(tmp_path, dataset=dataset, root=trees[dataset], **QUICK)
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = tmp_path / "run"
+    record = read_record(run / "record.json")
+    assert record["status"] == "smoke" and set(record["scores"]) == SETTINGS[dataset]
+    expected = 10 if dataset in ("sysu", "llcm") else 1
+    assert {entry["n"] for entry in record["scores"].values()} == {expected}
+    assert len(pd.read_csv(run / "metrics.csv")) == 2
+    assert (run / "checkpoint.pt").exists()
+    with safe_open(run / "weights.safetensors", "pt") as weights:
+        assert weights.metadata()["run"] == record["id"] and len(list(weights.keys()))
+    figures = {p.name for p in (run / "figures").iterdir()}
+    for name in ("loss_curves", "learning_rate", "cmc_curve", "distance_histograms"):
+        assert {f"smoke_{name}.{kind}" for kind in ("svg", "png", "csv")} <= figures
+    book = nbformat.read(run / "notebook.ipynb", as_version=4)
+    assert "Rank-1" in book.cells[-1].outputs[-1]["text"]
+
+
+@pytest.mark.parametrize(
+    "parameters, sentence",
+    [
+        ({"datset": "regdb"}, "did you mean 'dataset'?"),
+        ({"dataset": "regbd"}, "did you mean 'regdb'?"),
+        ({"epochs": "two"}, "Parameter epochs is 'two' (str)"),
+        ({"flip": "false"}, "it must be True or False"),
+        ({"trial": 11}, "between 1 and 10"),
+        ({"mecs_after": "layer7"}, "Unknown mecs_after 'layer7'"),
+        ({"method": "caj", "mecs": "paper"}, "Unknown parameter 'mecs'"),
+        ({"dataset": "regdb", "root": "nowhere"}, "pocket-regdb"),
+        ({"weights": "nowhere.pt"}, "Weights file nowhere.pt does not exist"),
+        ({"device": "cuda:9"}, "not available on this machine"),
+    ],
+)
+def test_a_wrong_run_ends_with_its_sentence(trees, tmp_path, parameters, sentence):
+    given = {"dataset": "regdb", "root": trees["regdb"], **QUICK} | parameters
+    done = train(tmp_path, **given)
+    assert done.returncode != 0
+    assert sentence in last_line(done)
+
+
+def test_corrupt_images_are_listed_before_training(trees, tmp_path):
+    tree = write_tree("regdb", tmp_path / "tree", n_train=4, n_test=4, n_images=2)
+    broken = sorted(tree.glob("Visible/*/*.bmp"))[:2]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:60])
+    done = train(tmp_path, dataset="regdb", root=tree, **QUICK)
+    assert done.returncode != 0
+    said = done.stderr[done.stderr.rindex("ValueError") :]
+    for path in broken:
+        assert path.relative_to(tree).as_posix() in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(trees, tmp_path):
+    given = {"dataset": "regdb", "root": trees["regdb"], **QUICK, "epochs": 6}
+    given |= {"precision": "float32", "steps": 3}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    assert train(whole, **given).returncode == 0
+    words = command(killed / "out.ipynb", out=killed / "run", **given)
+    process = subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
+    )
+    deadline = time.time() + 120
+    while not (killed / "run" / "checkpoint.pt").exists():
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.02)
+    family = psutil.Process(process.pid).children(recursive=True)  # the kernel too
+    for one in (process, *family):
+        one.kill()
+    process.wait()
+    assert read_record(killed / "run" / "record.json")["status"] == "failed"
+    done = train(killed, **given)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (
+        read_record(folder / "run" / "record.json") for folder in (whole, killed)
+    )
+    assert first["scores"] == second["scores"]
+    log = (killed / "out.ipynb").read_text()
+    assert "Going on from epoch" in log
+
+
+def test_the_short_form_works_where_papermill_accepts_it(trees):
+    words = [str(PAPERMILL), "nbs/train.ipynb", "-p", "dataset", "regdb"]
+    words += ["-p", "root", str(trees["regdb"])]
+    for name, value in QUICK.items():
+        words += ["-p", name, str(value)]
+    done = subprocess.run(
+        words, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    book = json.loads(done.stdout)
+    assert "Rank-1" in "".join(book["cells"][-1]["outputs"][-1]["text"])
+
+
+def test_the_manual_lists_every_parameter():
+    words = [str(PAPERMILL), "--help-notebook", "nbs/train.ipynb"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    from afen.runs import PARAMETERS
+
+    for name in PARAMETERS:
+        assert f"  {name}: " in done.stdout, name
