@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POCKET', 'Recipe', 'Method', 'names', 'method_class', 'create']
 
-# %% ../nbs/14_method.ipynb #f7365b6c
+# %% ../nbs/14_method.ipynb #b1736840
 import importlib
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import afen.methods
 from .core import Parameter, check_parameters, nearest
 
-# %% ../nbs/14_method.ipynb #06e38ee4
+# %% ../nbs/14_method.ipynb #b9c33768
 @dataclass(frozen=True)
 class Recipe:
     """How a method is trained. Sources: P the paper, C the released CAJ, O ours."""
@@ -54,24 +54,24 @@ class Recipe:
             self, epochs=epochs, warmup=round(self.warmup * share), drops=drops
         )
 
-# %% ../nbs/14_method.ipynb #748fa5af
+# %% ../nbs/14_method.ipynb #fd9d65be
 POCKET = Recipe(
-    height=96,
-    width=48,
-    pad=5,
+    height=64,
+    width=32,
+    pad=3,
     depth=18,
     weights="none",
     identities=16,
     images=2,
-    epochs=7,
-    warmup=1,
-    drops=(5, 6),
-    backbone_lr=0.3,
+    epochs=12,
+    warmup=2,
+    drops=(8, 11),
+    backbone_lr=1.0,
     clip=5.0,
     erasing=0.0,
 )
 
-# %% ../nbs/14_method.ipynb #c9116d6c
+# %% ../nbs/14_method.ipynb #232f05c8
 class Method(nn.Module):
     """A row of Table 1. Subclasses build their network and fill in the verbs."""
 
@@ -106,7 +106,7 @@ class Method(nn.Module):
         """The parameters that learn at the full rate; all others at `backbone_lr`."""
         return iter(())
 
-# %% ../nbs/14_method.ipynb #3f4ade39
+# %% ../nbs/14_method.ipynb #c6305ac1
 def names() -> list[str]:
     """The methods there are, by their module's name."""
     modules = pkgutil.iter_modules(afen.methods.__path__)
@@ -120,7 +120,7 @@ def method_class(name: str) -> type[Method]:
     found = vars(module).values()
     return next(c for c in found if isinstance(c, type) and vars(c).get("name") == name)
 
-# %% ../nbs/14_method.ipynb #a3ca50d9
+# %% ../nbs/14_method.ipynb #f70699ee
 def create(
     name: str,  # "afen", "agw", ...
     n_identities: int,  # classes of the training set

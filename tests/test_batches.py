@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -198,12 +199,21 @@ def test_memory_holds_one_chunk(monkeypatch):
     assert i == 99
 
 
-def test_threads_may_pack_the_same_set(tree):
+def test_threads_may_pack_the_same_set(tree, monkeypatch):
     root, paths, cache = tree
+    decode, decoded = batches.decode, []
+
+    def slow_decode(path, size):
+        decoded.append(path)
+        time.sleep(0.005)  # the other threads arrive meanwhile
+        return decode(path, size)
+
+    monkeypatch.setattr(batches, "decode", slow_decode)
     with ThreadPoolExecutor(6) as pool:
         jobs = [pool.submit(pack, root, paths, SIZE, cache) for _ in range(6)]
         packs = [job.result() for job in jobs]
     assert len({packed.path for packed in packs}) == 1
+    assert len(decoded) == 30  # once for all
     assert all(np.array_equal(p.images, packs[0].images) for p in packs)
     assert list(cache.iterdir()) == [packs[0].path]
 

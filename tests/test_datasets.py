@@ -547,6 +547,14 @@ def test_a_set_without_one_of_its_folders(request, name, lost):
         load(name, root)
 
 
+def test_a_set_is_absent_only_without_all_of_its_folders(regdb):
+    for folder, state in (("Thermal", "incomplete"), ("Visible", "incomplete"),
+                          ("idx", "not")):
+        shutil.rmtree(regdb / folder)
+        with pytest.raises(FileNotFoundError, match=f"RegDB is {state} at"):
+            load("regdb", regdb)
+
+
 def test_names():
     layouts = ("regdb", "sysu", "llcm", "folder", "pocket-regdb", "pocket-sysu")
     assert datasets.NAMES == layouts
