@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POCKET', 'Recipe', 'Method', 'names', 'method_class', 'create']
 
-# %% ../nbs/14_method.ipynb #b1736840
+# %% ../nbs/14_method.ipynb #85f8c9cf
 import importlib
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import afen.methods
 from .core import Parameter, check_parameters, nearest
 
-# %% ../nbs/14_method.ipynb #b9c33768
+# %% ../nbs/14_method.ipynb #61a8691b
 @dataclass(frozen=True)
 class Recipe:
     """How a method is trained. Sources: P the paper, C the released CAJ, O ours."""
@@ -54,7 +54,7 @@ class Recipe:
             self, epochs=epochs, warmup=round(self.warmup * share), drops=drops
         )
 
-# %% ../nbs/14_method.ipynb #fd9d65be
+# %% ../nbs/14_method.ipynb #7a06e352
 POCKET = Recipe(
     height=64,
     width=32,
@@ -71,7 +71,7 @@ POCKET = Recipe(
     erasing=0.0,
 )
 
-# %% ../nbs/14_method.ipynb #232f05c8
+# %% ../nbs/14_method.ipynb #e7f62038
 class Method(nn.Module):
     """A row of Table 1. Subclasses build their network and fill in the verbs."""
 
@@ -106,7 +106,7 @@ class Method(nn.Module):
         """The parameters that learn at the full rate; all others at `backbone_lr`."""
         return iter(())
 
-# %% ../nbs/14_method.ipynb #c6305ac1
+# %% ../nbs/14_method.ipynb #bcec317f
 def names() -> list[str]:
     """The methods there are, by their module's name."""
     modules = pkgutil.iter_modules(afen.methods.__path__)
@@ -120,7 +120,7 @@ def method_class(name: str) -> type[Method]:
     found = vars(module).values()
     return next(c for c in found if isinstance(c, type) and vars(c).get("name") == name)
 
-# %% ../nbs/14_method.ipynb #f70699ee
+# %% ../nbs/14_method.ipynb #b968ed80
 def create(
     name: str,  # "afen", "agw", ...
     n_identities: int,  # classes of the training set
