@@ -293,6 +293,17 @@ def test_views_follow_the_released_order(view, operation, erasing, pad):
 
 
 @pytest.mark.parametrize("view", VIEWS)
+def test_defaults_are_those_of_the_released_code(view):
+    images = bytes_(64)
+    released = view(images, key(), erasing=0.5, pad=10)
+    assert torch.equal(view(images, key()), released)
+    assert torch.equal(pad_crop(images, key()), pad_crop(images, key(), pad=10))
+    assert torch.equal(flip(images, key()), flip(images, key(), p=0.5))
+    floats = to_float(images)
+    assert torch.equal(erase(floats, key()), erase(floats, key(), 0.5, FILL))
+
+
+@pytest.mark.parametrize("view", VIEWS)
 def test_views_depend_on_their_generator_alone(view):
     images = bytes_()
     before = images.clone()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['module_factory', 'placed', 'AFEN']
 
-# %% ../../nbs/methods/afen.ipynb #a25ffb1b
+# %% ../../nbs/methods/afen.ipynb #c35f3ae6
 import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from ..backbone import STAGES, Factory
 from ..core import Parameter, nearest
 from .caj import CAJ
 
-# %% ../../nbs/methods/afen.ipynb #c49466f4
+# %% ../../nbs/methods/afen.ipynb #27ad4d46
 def module_factory(
     source: Any,  # the module `mecs` or `fem`
     preset: str,  # one of its presets
@@ -41,7 +41,7 @@ def placed(places: list[tuple[str, Factory]]) -> dict[str, Factory]:
         for place, made in both.items()
     }
 
-# %% ../../nbs/methods/afen.ipynb #1480a806
+# %% ../../nbs/methods/afen.ipynb #d2bd7d33
 _MECS, _FEM = (*mecs.PRESETS, "none"), (*fem.PRESETS, "none")
 
 

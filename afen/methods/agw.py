@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['METRIC_LOSSES', 'NonLocal', 'nonlocal_places', 'metric_loss', 'AGW']
 
-# %% ../../nbs/methods/agw.ipynb #0ae595d6
+# %% ../../nbs/methods/agw.ipynb #0b8cf291
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..augment import normalise, to_float, weak_view
@@ -24,7 +25,7 @@ from afen.losses import (
 )
 from ..method import POCKET, Method, Recipe
 
-# %% ../../nbs/methods/agw.ipynb #b41f20f3
+# %% ../../nbs/methods/agw.ipynb #55a1668e
 class NonLocal(nn.Module):
     """A non-local block: [B, C, h, w] -> the same (released AGW); identity at first."""
 
@@ -46,7 +47,7 @@ class NonLocal(nn.Module):
         y = (y.transpose(1, 2) @ theta) / g.shape[2]  # [B, width, N]
         return x + self.W(y.unflatten(2, x.shape[2:]))
 
-# %% ../../nbs/methods/agw.ipynb #5f009ca2
+# %% ../../nbs/methods/agw.ipynb #35178815
 def nonlocal_places(depth: int, width: int) -> dict[str, Factory]:
     """Where AGW inserts non-local blocks, for `DualResNet(after=...)`; 0 is nowhere."""
     blocks = {50: {"layer2": (2, 3), "layer3": (3, 4, 5)}}.get(
@@ -55,7 +56,7 @@ def nonlocal_places(depth: int, width: int) -> dict[str, Factory]:
     places = [f"{stage}.{i}" for stage, indices in blocks.items() for i in indices]
     return {place: lambda c: NonLocal(c, width or c // 2) for place in places}
 
-# %% ../../nbs/methods/agw.ipynb #0fcddee9
+# %% ../../nbs/methods/agw.ipynb #7dd1c4ab
 METRIC_LOSSES = ("wrt", "l_sq", "triplet", "none")
 
 
@@ -68,7 +69,7 @@ def metric_loss(kind: str, stable: bool, features: Tensor, labels: Tensor) -> Te
     squared = kind == "l_sq"
     return weighted_regularized_triplet(features, labels, squared, stable)
 
-# %% ../../nbs/methods/agw.ipynb #0ab78605
+# %% ../../nbs/methods/agw.ipynb #c59958ca
 class AGW(Method):
     """AGW: identity loss and WRT on one view of each image (released code)."""
 
@@ -100,36 +101,46 @@ class AGW(Method):
         self.net = DualResNet(recipe.depth, recipe.weights, self.insertions())
         self.head = Head(self.net.channels, n_identities)
 
-    def insertions(self) -> dict[str, Factory]:
-        """What goes where in the backbone."""
-        width = self.options["nonlocal_width"]
-        on = self.options["nonlocal_blocks"]
-        return nonlocal_places(self.recipe.depth, width) if on else {}
+# %% ../../nbs/methods/agw.ipynb #02ae2fcf
+@patch
+def insertions(self: AGW) -> dict[str, Factory]:
+    """What goes where in the backbone."""
+    width = self.options["nonlocal_width"]
+    on = self.options["nonlocal_blocks"]
+    return nonlocal_places(self.recipe.depth, width) if on else {}
 
-    def views(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Visible views [Bv, 3, H, W], infrared views, and all their labels."""
-        keep = {"erasing": self.recipe.erasing, "pad": self.recipe.pad}
-        visible = weak_view(batch.visible, batch.generator, **keep)
-        infrared = weak_view(batch.infrared, batch.generator, **keep)
-        labels = torch.cat([batch.visible_labels, batch.infrared_labels])
-        return visible, infrared, labels
 
-    def losses(self, batch: Any, epoch: int) -> dict[str, Tensor]:
-        """The identity loss and the metric loss."""
-        visible, infrared, labels = self.views(batch)
-        pooled, _, logits = self.head(self.net(visible, infrared))
-        kind, stable = self.options["metric_loss"], self.options["stable"]
-        return {
-            "identity": identity_loss(logits, labels),
-            "metric": metric_loss(kind, stable, pooled, labels),
-        }
+@patch
+def head_parameters(self: AGW) -> Iterator[nn.Parameter]:
+    """Neck and classifier learn at the full rate."""
+    yield from self.head.parameters()
 
-    def embed(self, images: Tensor, modality: str) -> Tensor:
-        """The feature after the neck, as a unit vector: [B, C]."""
-        images = normalise(to_float(images))
-        _, necked, _ = self.head(self.net(**{modality: images}))
-        return F.normalize(necked.float())
+# %% ../../nbs/methods/agw.ipynb #491c53e4
+@patch
+def views(self: AGW, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Visible views [Bv, 3, H, W], infrared views, and all their labels."""
+    keep = {"erasing": self.recipe.erasing, "pad": self.recipe.pad}
+    visible = weak_view(batch.visible, batch.generator, **keep)
+    infrared = weak_view(batch.infrared, batch.generator, **keep)
+    labels = torch.cat([batch.visible_labels, batch.infrared_labels])
+    return visible, infrared, labels
 
-    def head_parameters(self) -> Iterator[nn.Parameter]:
-        """Neck and classifier learn at the full rate."""
-        yield from self.head.parameters()
+
+@patch
+def losses(self: AGW, batch: Any, epoch: int) -> dict[str, Tensor]:
+    """The identity loss and the metric loss."""
+    visible, infrared, labels = self.views(batch)
+    pooled, _, logits = self.head(self.net(visible, infrared))
+    kind, stable = self.options["metric_loss"], self.options["stable"]
+    return {
+        "identity": identity_loss(logits, labels),
+        "metric": metric_loss(kind, stable, pooled, labels),
+    }
+
+# %% ../../nbs/methods/agw.ipynb #e6b162b2
+@patch
+def embed(self: AGW, images: Tensor, modality: str) -> Tensor:
+    """The feature after the neck, as a unit vector: [B, C]."""
+    images = normalise(to_float(images))
+    _, necked, _ = self.head(self.net(**{modality: images}))
+    return F.normalize(necked.float())
