@@ -6,7 +6,7 @@
 __all__ = ['project_root', 'atomic_path', 'papermill_command', 'nearest', 'Parameter', 'check_value', 'check_parameters',
            'digest', 'keyed_rng', 'torch_generator', 'seed_everything', 'pick_device', 'time_step']
 
-# %% ../nbs/00_core.ipynb #ab5520a6
+# %% ../nbs/00_core.ipynb #4e1d47f8
 import difflib
 import hashlib
 import json
@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 import torch
 
-# %% ../nbs/00_core.ipynb #31da3eac
+# %% ../nbs/00_core.ipynb #9d1616e7
 def project_root(
     start: Path | str | None = None,  # where to begin; the working directory if None
 ) -> Path:
@@ -38,7 +38,7 @@ def project_root(
             return folder
     return start
 
-# %% ../nbs/00_core.ipynb #8b206799
+# %% ../nbs/00_core.ipynb #50bf35cb
 @contextmanager
 def atomic_path(
     path: Path | str,  # the file to write
@@ -53,16 +53,17 @@ def atomic_path(
     finally:
         draft.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #1d0a8ff9
+# %% ../nbs/00_core.ipynb #d6d6a5f6
 def papermill_command() -> list[str]:
     """The words of the papermill command that runs this kernel; empty if none does."""
     try:
         words = psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
+        place = [Path(word).name for word in words[:2]].index("papermill")
+    except (psutil.Error, ValueError):  # no such process; another command
         return []
-    return words if any(Path(w).name == "papermill" for w in words[:2]) else []
+    return ["papermill", *words[place + 1 :]]
 
-# %% ../nbs/00_core.ipynb #c6221bfd
+# %% ../nbs/00_core.ipynb #927def7f
 def nearest(
     name: str,  # what the user wrote
     options: Iterable[str],  # what is known
@@ -79,7 +80,7 @@ def nearest(
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise ValueError(f"Unknown {what} {name!r}: {hint}(known: {', '.join(options)})")
 
-# %% ../nbs/00_core.ipynb #d547004a
+# %% ../nbs/00_core.ipynb #30fe441b
 @dataclass(frozen=True)
 class Parameter:
     """What one notebook parameter may be: its type, its options or its range."""
@@ -90,7 +91,7 @@ class Parameter:
     high: float | None = None  # largest value allowed
     optional: bool = False  # whether None means "the preset decides"
 
-# %% ../nbs/00_core.ipynb #ea686994
+# %% ../nbs/00_core.ipynb #9e02c582
 def check_value(
     name: str,  # the parameter's name, for the sentence
     value: Any,  # what was given
@@ -111,7 +112,7 @@ def check_value(
         raise ValueError(f"Parameter {name} is {value}: it must be {allowed}.")
     return value
 
-# %% ../nbs/00_core.ipynb #89306a8f
+# %% ../nbs/00_core.ipynb #e3e92413
 def _wrong_type(name: str, value: Any, kind: type) -> str:
     """The sentence for a value of the wrong type, with papermill's spelling."""
     words, example = {
@@ -139,7 +140,7 @@ def _range(low: float | None, high: float | None) -> str:
         return f"at least {low}"
     return f"at most {high}" if low is None else f"between {low} and {high}"
 
-# %% ../nbs/00_core.ipynb #3add6f96
+# %% ../nbs/00_core.ipynb #c03c82c4
 def check_parameters(
     given: Mapping[str, Any],  # every name and value the notebook now has
     schema: Mapping[str, Parameter],  # every name it knows
@@ -152,7 +153,7 @@ def check_parameters(
         nearest(name, schema, "parameter")
     return {name: check_value(name, given[name], schema[name]) for name in schema}
 
-# %% ../nbs/00_core.ipynb #b3016e04
+# %% ../nbs/00_core.ipynb #75b94ded
 def digest(
     *parts: Any,  # bytes, arrays, paths (their file's bytes), or anything JSON can hold
 ) -> str:
@@ -169,7 +170,7 @@ def digest(
         state.update(len(part).to_bytes(8, "little") + part)
     return state.hexdigest()
 
-# %% ../nbs/00_core.ipynb #dc75d2cf
+# %% ../nbs/00_core.ipynb #5f6cbc98
 def keyed_rng(*keys: int | str) -> np.random.Generator:
     """A NumPy generator whose stream depends on the keys and on nothing else."""
     return np.random.default_rng(int(digest(*keys), 16))
@@ -179,7 +180,7 @@ def torch_generator(*keys: int | str) -> torch.Generator:
     """A CPU generator for torch: drawn there and moved, all devices see the same."""
     return torch.Generator().manual_seed(int(digest(*keys)[:15], 16))
 
-# %% ../nbs/00_core.ipynb #edd434f9
+# %% ../nbs/00_core.ipynb #4f254f51
 def seed_everything(
     seed: int,  # any non-negative integer
 ) -> None:
@@ -188,7 +189,7 @@ def seed_everything(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #7f25faec
+# %% ../nbs/00_core.ipynb #ddfef955
 def pick_device(
     name: str = "auto",  # "auto", "cpu", "cuda", "cuda:1", "mps"
 ) -> torch.device:
@@ -207,7 +208,7 @@ def pick_device(
         ) from None
     return torch.device(name)
 
-# %% ../nbs/00_core.ipynb #8ffb4b0d
+# %% ../nbs/00_core.ipynb #df880963
 def time_step(
     step: Callable[[], Any],  # runs one training step
     device: torch.device,

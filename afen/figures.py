@@ -7,7 +7,7 @@ __all__ = ['WIDTH', 'COLOURS', 'RIGHT', 'WRONG', 'STYLE', 'SMOKE', 'CAPTIONS', '
            'learning_rate', 'cmc_table', 'cmc_curve', 'distance_table', 'distance_histograms', 'ranked_table',
            'ranked_lists']
 
-# %% ../nbs/24_figures.ipynb #de385d3b
+# %% ../nbs/24_figures.ipynb #d94e0887
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,12 +24,12 @@ from matplotlib.figure import Figure
 
 from .core import atomic_path
 
-# %% ../nbs/24_figures.ipynb #56f86ada
+# %% ../nbs/24_figures.ipynb #c1df9a3e
 WIDTH = 5.0  # inches; 10 pt text is still readable at 3.5, a column of two
 COLOURS = sns.color_palette("colorblind").as_hex()
 RIGHT, WRONG = COLOURS[0], COLOURS[1]  # blue and orange
 
-# %% ../nbs/24_figures.ipynb #6d773e91
+# %% ../nbs/24_figures.ipynb #b11f13ab
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -49,31 +49,31 @@ STYLE = {
     "svg.hashsalt": "afen",  # else an SVG's inner names are random
 }
 
-# %% ../nbs/24_figures.ipynb #3bc7f195
+# %% ../nbs/24_figures.ipynb #14244d61
 @contextmanager
 def style() -> Iterator[None]:
     """Matplotlib settings of every figure here, for a `with` block or as decorator."""
     with plt.style.context(STYLE, after_reset=True):  # whatever the user's settings
         yield
 
-# %% ../nbs/24_figures.ipynb #412abfb2
+# %% ../nbs/24_figures.ipynb #1b8000f5
 SMOKE = "smoke: rendered data"
 
-# %% ../nbs/24_figures.ipynb #be24f0ea
+# %% ../nbs/24_figures.ipynb #92c34a45
 def _figure(height: float = 3.0, smoke: bool = False) -> Figure:
     """An empty figure of column width, marked when its data are rendered."""
     figure = plt.figure(figsize=(WIDTH, height))
     plt.close(figure)  # or pyplot keeps it for ever, and notebooks show it twice
     if smoke:
-        band = {"fc": "white", "ec": "none", "alpha": 0.5}  # or dark images hide it
+        band = {"fc": "white", "ec": "none", "alpha": 0.35}  # or dark images hide it
         slope = 0.6 * np.degrees(np.arctan2(height, WIDTH))  # fits a low figure too
         figure.text(
-            0.5, 0.5, SMOKE, size=24, color="0.2", alpha=0.5, bbox=band, rotation=slope,
+            0.5, 0.5, SMOKE, size=18, color="0.2", alpha=0.4, bbox=band, rotation=slope,
             ha="center", va="center", zorder=10,
         )  # fmt: skip
     return figure
 
-# %% ../nbs/24_figures.ipynb #12203110
+# %% ../nbs/24_figures.ipynb #f17ecfbb
 def _settle(figure: Figure) -> Figure:
     """Lay the figure out once and for all.
 
@@ -84,12 +84,12 @@ def _settle(figure: Figure) -> Figure:
     figure.set_layout_engine("none")
     return figure
 
-# %% ../nbs/24_figures.ipynb #acd49867
+# %% ../nbs/24_figures.ipynb #a8ae5173
 def is_smoke(figure: Figure) -> bool:
     """Whether the figure carries the mark of rendered data."""
     return any(text.get_text() == SMOKE for text in figure.texts)
 
-# %% ../nbs/24_figures.ipynb #8be9cd24
+# %% ../nbs/24_figures.ipynb #5d2b39fb
 def save(
     figure: Figure,
     stem: Path | str,  # path without extension
@@ -117,7 +117,7 @@ def save(
         draft.write_text(caption + "\n", encoding="utf-8")
     return paths
 
-# %% ../nbs/24_figures.ipynb #450070ad
+# %% ../nbs/24_figures.ipynb #a7ec7ac8
 CAPTIONS = {
     "loss_curves": "Mean training loss of each epoch: the total that is minimised "
     "(black) and its terms. A flat term has stopped to teach.",
@@ -132,7 +132,7 @@ CAPTIONS = {
     "frame and a cross: somebody else.",
 }
 
-# %% ../nbs/24_figures.ipynb #b3c6ac5f
+# %% ../nbs/24_figures.ipynb #e4971874
 def _need(metrics: pd.DataFrame, *columns: str) -> None:
     """Refuse a table without these columns, or without rows."""
     missing = [column for column in columns if column not in metrics]
@@ -144,12 +144,12 @@ def _need(metrics: pd.DataFrame, *columns: str) -> None:
     if len(metrics) == 0:
         raise ValueError("The metrics have no row: train at least one epoch.")
 
-# %% ../nbs/24_figures.ipynb #561662e7
+# %% ../nbs/24_figures.ipynb #e4659448
 def _line(axes: Axes, x: Any, y: Any, label: str | None = None, **look: Any) -> None:
     """A line with about ten markers, however many points it has."""
     axes.plot(x, y, label=label, markevery=max(1, len(x) // 10), **look)
 
-# %% ../nbs/24_figures.ipynb #6568cf2b
+# %% ../nbs/24_figures.ipynb #e6b8961c
 @style()
 def loss_curves(
     metrics: pd.DataFrame,  # a row an epoch: epoch, loss, and one column a term
@@ -174,7 +174,7 @@ def loss_curves(
     figure.legend(loc="outside upper center", ncols=4)
     return _settle(figure)
 
-# %% ../nbs/24_figures.ipynb #75362690
+# %% ../nbs/24_figures.ipynb #347e6e61
 @style()
 def learning_rate(
     metrics: pd.DataFrame,  # a row an epoch: epoch and lr
@@ -191,7 +191,7 @@ def learning_rate(
     axes.set(xlabel="epoch", ylabel="learning rate", yscale="log")
     return _settle(figure)
 
-# %% ../nbs/24_figures.ipynb #5baba0b6
+# %% ../nbs/24_figures.ipynb #20b2637a
 def cmc_table(
     curves: Mapping[str, Sequence[float]],  # setting -> CMC at ranks 1, 2, ...
 ) -> pd.DataFrame:
@@ -208,7 +208,7 @@ def cmc_table(
     table.insert(0, "rank", np.arange(1, lengths.pop() + 1))
     return table
 
-# %% ../nbs/24_figures.ipynb #abf345e2
+# %% ../nbs/24_figures.ipynb #0d222a7b
 @style()
 def cmc_curve(
     curves: Mapping[str, Sequence[float]],  # setting -> CMC at ranks 1, 2, ...
@@ -225,7 +225,7 @@ def cmc_curve(
     axes.legend(title="setting (at rank 1)", loc="lower right")
     return _settle(figure)
 
-# %% ../nbs/24_figures.ipynb #f627e67a
+# %% ../nbs/24_figures.ipynb #8dc113d2
 def distance_table(
     distances: np.ndarray,  # [Q, G]
     query_ids: Sequence[int],
@@ -253,7 +253,7 @@ def distance_table(
         table[name] = counts / chosen.sum()
     return pd.DataFrame(table)
 
-# %% ../nbs/24_figures.ipynb #d9a8a600
+# %% ../nbs/24_figures.ipynb #f4f31777
 @style()
 def distance_histograms(
     distances: np.ndarray,  # [Q, G]
@@ -276,7 +276,7 @@ def distance_histograms(
     figure.legend(title=title, loc="outside upper center", ncols=2)
     return _settle(figure)
 
-# %% ../nbs/24_figures.ipynb #e803cddf
+# %% ../nbs/24_figures.ipynb #4307b59f
 def ranked_table(
     correct: Sequence[Sequence[bool]],  # for each query, from near to far
 ) -> pd.DataFrame:
@@ -288,7 +288,7 @@ def ranked_table(
     ]
     return pd.DataFrame(rows, columns=["query", "rank", "correct"])
 
-# %% ../nbs/24_figures.ipynb #01d60cd0
+# %% ../nbs/24_figures.ipynb #64516c04
 def _frame(axes: Axes, image: np.ndarray, title: str, colour: str, dash: str) -> None:
     """One image with a coloured frame and a line above it."""
     axes.imshow(image, cmap="gray")
@@ -298,7 +298,7 @@ def _frame(axes: Axes, image: np.ndarray, title: str, colour: str, dash: str) ->
     for spine in axes.spines.values():
         spine.set(visible=True, color=colour, linewidth=2.2, linestyle=dash)
 
-# %% ../nbs/24_figures.ipynb #5fff4aa7
+# %% ../nbs/24_figures.ipynb #cd4d4f39
 @style()
 def ranked_lists(
     query_images: Sequence[np.ndarray],  # [H, W, 3] or [H, W] each

@@ -7,7 +7,7 @@ __all__ = ['STATUSES', 'SCHEMA', 'PACKAGES', 'OVER', 'run_status', 'check_record
            'package_versions', 'machine', 'score_entry', 'run_id', 'new_record', 'write_record', 'read_record',
            'keep_notebook']
 
-# %% ../nbs/22_records.ipynb #a9c9bebb
+# %% ../nbs/22_records.ipynb #c7a45154
 import atexit
 import json
 import platform
@@ -26,7 +26,7 @@ import torch
 
 from .core import atomic_path, digest, papermill_command, project_root
 
-# %% ../nbs/22_records.ipynb #91e88ce6
+# %% ../nbs/22_records.ipynb #f69a3b11
 STATUSES = {
     "paper": "copied from the publication, with its citation",
     "author-code": "the authors' code, run by us",
@@ -38,7 +38,7 @@ STATUSES = {
     "not run": "no record, for a stated reason",
 }
 
-# %% ../nbs/22_records.ipynb #e440be51
+# %% ../nbs/22_records.ipynb #e2126ca1
 def run_status(
     dataset: str,
     preset: str,
@@ -50,7 +50,7 @@ def run_status(
         return "smoke"
     return "partial" if preset != "paper" or list(reduced) else "reproduced"
 
-# %% ../nbs/22_records.ipynb #ff98e6b7
+# %% ../nbs/22_records.ipynb #09c86385
 _TEXT, _NUMBER = {"type": "string"}, {"type": "number"}
 _FRACTION = {"type": "number", "minimum": 0, "maximum": 1}
 _SCORE = {
@@ -93,7 +93,7 @@ SCHEMA = {
     "else": {"properties": {"scores": {"minProperties": 1}}},
 }
 
-# %% ../nbs/22_records.ipynb #933ddd02
+# %% ../nbs/22_records.ipynb #0a91e944
 def check_record(record: Mapping[str, Any]) -> None:
     """Raise ValueError if a record departs from the schema or from its own hash."""
     validator = jsonschema.Draft202012Validator(SCHEMA)
@@ -114,7 +114,7 @@ def fingerprint(record: Mapping[str, Any]) -> str:
     """The hash of everything in a record but the hash itself."""
     return digest({k: v for k, v in record.items() if k != "fingerprint"})
 
-# %% ../nbs/22_records.ipynb #7ade7362
+# %% ../nbs/22_records.ipynb #216a6c3c
 def code_revision(root: Path | None = None) -> dict[str, Any]:
     """The git revision of the checkout and whether files differ from it."""
     root = root or project_root()
@@ -136,7 +136,7 @@ def package_versions() -> dict[str, str]:
     found = {name: metadata.version(name) for name in PACKAGES}
     return {"python": platform.python_version()} | found
 
-# %% ../nbs/22_records.ipynb #c2cc031a
+# %% ../nbs/22_records.ipynb #e608d2d9
 def machine(device: torch.device, seconds: float, precision: str) -> dict[str, Any]:
     """The device, the run's wall-clock seconds, its peak memory in MB, the system."""
     on_gpu = device.type == "cuda"
@@ -153,7 +153,7 @@ def machine(device: torch.device, seconds: float, precision: str) -> dict[str, A
         "peak_memory": round(peak / 1e6),
     }
 
-# %% ../nbs/22_records.ipynb #94131b89
+# %% ../nbs/22_records.ipynb #58818a9d
 def _round(value: float | None) -> float | None:
     """Six digits; the spread of a single trial is None, unknown."""
     return None if value is None else round(value, 6)
@@ -180,7 +180,7 @@ def score_entry(
         "n_gallery": n_gallery,
     }
 
-# %% ../nbs/22_records.ipynb #b5942557
+# %% ../nbs/22_records.ipynb #1c9d9fad
 def run_id(parameters: Mapping[str, Any]) -> str:
     """A short name for a run: what it is, then eight digits of its parameters' hash."""
     p = parameters
@@ -209,7 +209,7 @@ def new_record(
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
-# %% ../nbs/22_records.ipynb #26a6e938
+# %% ../nbs/22_records.ipynb #5345d364
 def write_record(record: dict[str, Any], folder: Path | str) -> Path:
     """Seal, check and write `record.json` in `folder`; returns its path."""
     record["fingerprint"] = fingerprint(record)
@@ -229,7 +229,7 @@ def read_record(path: Path | str) -> dict[str, Any]:
     check_record(record)
     return record
 
-# %% ../nbs/22_records.ipynb #e2372ca4
+# %% ../nbs/22_records.ipynb #81cc12b5
 def keep_notebook(folder: Path | str) -> bool:
     """Copy papermill's output notebook into `folder` when this kernel ends.
 

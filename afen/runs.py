@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'injected', 'Plan', 'make_plan', 'change_recipe', 'Data',
            'open_data', 'start', 'data_key', 'score', 'score_table', 'one_line', 'begin_record', 'end_record',
-           'save_weights', 'draw', 'ranked', 'report']
+           'save_weights', 'draw', 'ranked', 'shown', 'report']
 
-# %% ../nbs/25_runs.ipynb #8316ed42
+# %% ../nbs/25_runs.ipynb #8a50eccc
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -49,7 +49,7 @@ from afen.records import (
 )
 from .training import Run, embed, estimate
 
-# %% ../nbs/25_runs.ipynb #009ea04e
+# %% ../nbs/25_runs.ipynb #a7342e2c
 WHICH = {
     "dataset": Parameter(str, options=NAMES),
     "root": Parameter(str, optional=True),
@@ -90,7 +90,7 @@ SWITCHES = {  # of AFEN and its relatives, common enough to have names of their 
 }
 PARAMETERS = WHICH | CHANGES | SWITCHES | HOW
 
-# %% ../nbs/25_runs.ipynb #6be057ea
+# %% ../nbs/25_runs.ipynb #c3c923fb
 def injected(
     namespace: Mapping[str, Any],  # globals() after the parameters
     before: set[str],  # the names there were before them
@@ -99,7 +99,7 @@ def injected(
     new = {k: v for k, v in namespace.items() if k not in before}
     return {k: v for k, v in new.items() if not k.startswith("_") and k != "before"}
 
-# %% ../nbs/25_runs.ipynb #c947d96b
+# %% ../nbs/25_runs.ipynb #24b098d8
 @dataclass(frozen=True)
 class Plan:
     """A checked run: everything that is decided before any data are opened."""
@@ -117,7 +117,7 @@ class Plan:
         how = {k: self.parameters[k] for k in ("steps", "precision")}
         return which | how | {"recipe": recipe, "options": self.options}
 
-# %% ../nbs/25_runs.ipynb #fb287973
+# %% ../nbs/25_runs.ipynb #f5b60783
 def make_plan(given: Mapping[str, Any]) -> Plan:
     """Check parameters and work out the recipe, the switches and the folder.
 
@@ -145,7 +145,7 @@ def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         recipe = recipe.scaled(given.pop("epochs"))
     return replace(recipe, **given)
 
-# %% ../nbs/25_runs.ipynb #f7875ea7
+# %% ../nbs/25_runs.ipynb #9b3cd720
 @dataclass(frozen=True)
 class Data:
     """A split and its packed images."""
@@ -181,7 +181,7 @@ def open_data(plan: Plan) -> Data:
     train, test = (pack(split.root, t.path, size) for t in (split.train, split.test))
     return Data(split, train, test, rendered="x0" in split.train)
 
-# %% ../nbs/25_runs.ipynb #bc287703
+# %% ../nbs/25_runs.ipynb #08855ed2
 def start(plan: Plan, data: Data) -> Run:
     """Make the method and its training, and say what it will cost.
 
@@ -217,7 +217,7 @@ def data_key(data: Data) -> str:
     table = data.split.test[["identity", "camera", "modality"]]
     return digest(data.train.path.stem, data.test.path.stem, table.to_csv())
 
-# %% ../nbs/25_runs.ipynb #7937bfeb
+# %% ../nbs/25_runs.ipynb #da1fd649
 def score(
     plan: Plan, data: Data, run: Run
 ) -> tuple[np.ndarray, dict[str, list[Scores]]]:
@@ -249,7 +249,7 @@ def one_line(scores: Mapping[str, list[Scores]]) -> str:
     ]
     return " | ".join(parts)
 
-# %% ../nbs/25_runs.ipynb #f03c17ee
+# %% ../nbs/25_runs.ipynb #8e0bbc68
 def begin_record(plan: Plan, data: Data) -> dict[str, Any]:
     """Write the record of a run that has begun, and have the notebook kept."""
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -275,7 +275,7 @@ def end_record(
     }
     return write_record(record, plan.folder)
 
-# %% ../nbs/25_runs.ipynb #bffeee80
+# %% ../nbs/25_runs.ipynb #fbcdb97a
 def _why(plan: Plan, status: str) -> list[str]:
     """Why a run is no more than it is."""
     if status == "smoke":
@@ -295,7 +295,7 @@ def _entry(setting: str, each: list[Scores], split: Split) -> dict[str, Any]:
         summarise(each), values, split.protocol, each[0].n_queries, size
     )
 
-# %% ../nbs/25_runs.ipynb #6a989133
+# %% ../nbs/25_runs.ipynb #1afbe48d
 def save_weights(method: Method, folder: Path, identity: str) -> Path:
     """Write the method's weights as safetensors, with the run's name inside."""
     path = folder / "weights.safetensors"
@@ -303,7 +303,7 @@ def save_weights(method: Method, folder: Path, identity: str) -> Path:
     save_file(state, path, metadata={"run": identity, "method": method.name})
     return path
 
-# %% ../nbs/25_runs.ipynb #28a003f2
+# %% ../nbs/25_runs.ipynb #fcf8de96
 def draw(
     plan: Plan,
     data: Data,
@@ -339,7 +339,7 @@ def draw(
         figures.save(figure, stem, table, _caption(name, plan, trial.setting))
     return [figure for figure, _ in drawings.values()]
 
-# %% ../nbs/25_runs.ipynb #397e6ccb
+# %% ../nbs/25_runs.ipynb #8fbd3299
 def ranked(
     distances: np.ndarray,  # [Q, G]
     trial: Any,
@@ -365,7 +365,13 @@ def _caption(name: str, plan: Plan, setting: str) -> str:
     where = f"; {setting}, first trial" if one else ""
     return f"{figures.CAPTIONS[name]} ({about}{where}.)"
 
-# %% ../nbs/25_runs.ipynb #61eb2db9
+# %% ../nbs/25_runs.ipynb #574ba4d1
+def shown(path: Path) -> str:
+    """A path as people read it: from the project's root if it is below it."""
+    path, root = Path(path).absolute(), project_root()
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+# %% ../nbs/25_runs.ipynb #7ff0fc99
 def report(notebook: Path | str) -> None:
     """Print what the last cell of an executed notebook printed, and where it is."""
     book = json.loads(Path(notebook).read_text())

@@ -7,7 +7,7 @@ __all__ = ['PRECISIONS', 'lr_factor', 'parameter_groups', 'make_optimiser', 'set
            'fastest_precision', 'estimate', 'health', 'train_epoch', 'save_checkpoint', 'load_checkpoint', 'Run',
            'progress_bar', 'embed', 'check_finite']
 
-# %% ../nbs/21_training.ipynb #6ac295ee
+# %% ../nbs/21_training.ipynb #222c61ad
 import math
 import sys
 import time
@@ -34,7 +34,7 @@ from afen.core import (
 )
 from .method import Method, Recipe
 
-# %% ../nbs/21_training.ipynb #3f8d91b8
+# %% ../nbs/21_training.ipynb #e8a71138
 def lr_factor(
     recipe: Recipe,
     epoch: int,  # from 0
@@ -54,7 +54,7 @@ def _cosine(recipe: Recipe, epoch: int) -> float:
         return floor + (1 - floor) * now / recipe.warmup
     return floor + (1 - floor) * (1 + math.cos(math.pi * now / recipe.epochs)) / 2
 
-# %% ../nbs/21_training.ipynb #7540d667
+# %% ../nbs/21_training.ipynb #99bdca07
 def parameter_groups(method: Method) -> list[dict[str, Any]]:
     """Two optimiser groups, each with its `share` of the learning rate."""
     head = {id(p) for p in method.head_parameters()}
@@ -87,7 +87,7 @@ def set_lr(optimiser: torch.optim.Optimizer, recipe: Recipe, epoch: int) -> floa
         group["lr"] = lr * group["share"]
     return lr
 
-# %% ../nbs/21_training.ipynb #8657af52
+# %% ../nbs/21_training.ipynb #026dfbd5
 def make_sampler(
     table: pd.DataFrame,  # Split.train: label, modality
     recipe: Recipe,
@@ -103,7 +103,7 @@ def make_sampler(
         replacement=recipe.replacement,
     )
 
-# %% ../nbs/21_training.ipynb #8df0e476
+# %% ../nbs/21_training.ipynb #6b18fbdc
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -128,7 +128,7 @@ def train_step(
         "loss": total.detach()
     }
 
-# %% ../nbs/21_training.ipynb #69c96edc
+# %% ../nbs/21_training.ipynb #73514daa
 def fastest_precision(
     method: Method,
     batch: Batch,
@@ -153,7 +153,7 @@ def fastest_precision(
     best = min(times, key=times.get)
     return best, times[best]
 
-# %% ../nbs/21_training.ipynb #44682719
+# %% ../nbs/21_training.ipynb #c587f5f3
 def estimate(
     seconds: float,  # per step, measured
     steps: int,  # per epoch
@@ -169,7 +169,7 @@ def estimate(
         f"{epochs} epochs x {steps} steps x {seconds:.2f} s = {total / size:.1f} {unit}"
     )
 
-# %% ../nbs/21_training.ipynb #4b947c73
+# %% ../nbs/21_training.ipynb #6577eb8a
 def health(
     losses: dict[str, float],  # an epoch's mean losses
     n_identities: int,
@@ -189,13 +189,14 @@ def health(
     if epoch < max(1, warmup):
         return []
     chance, said = math.log(n_identities), []
-    if losses.get("identity", 0) > 0.98 * chance:
+    guesses = [v for name, v in losses.items() if name.startswith("identity")]
+    if guesses and min(guesses) > 0.98 * chance:
         said.append(f"identity loss is at log n = {chance:.3f}: nothing is learned")
     if abs(losses.get("metric", 0) - math.log(2)) < 2e-3:
         said.append("metric loss is at log 2 = 0.693: the features collapsed (L5)")
     return [f"epoch {epoch}: {sentence}" for sentence in said]
 
-# %% ../nbs/21_training.ipynb #4279175b
+# %% ../nbs/21_training.ipynb #e16c21f9
 def train_epoch(
     method: Method,
     optimiser: torch.optim.Optimizer,
@@ -217,7 +218,7 @@ def train_epoch(
             bar.update()
     return {name: float(total) / (step + 1) for name, total in sums.items()}
 
-# %% ../nbs/21_training.ipynb #01788636
+# %% ../nbs/21_training.ipynb #ec7af8d2
 def save_checkpoint(path: Path, **state: Any) -> None:
     """Write a checkpoint; a half-written one never replaces a whole one."""
     with atomic_path(path) as draft:
@@ -246,7 +247,7 @@ def load_checkpoint(
         )
     return state
 
-# %% ../nbs/21_training.ipynb #713d41f7
+# %% ../nbs/21_training.ipynb #f137e44e
 class Run:
     """One training: what it needs, where it stands, and how to go on.
 
@@ -285,7 +286,7 @@ class Run:
             choice = fastest_precision(self.method, example, precision)
             self.precision, self.seconds = choice
 
-# %% ../nbs/21_training.ipynb #6bdd6923
+# %% ../nbs/21_training.ipynb #dcce72ae
 @patch
 def stream(self: Run, epoch: int) -> Iterator[Batch]:
     """The batches of an epoch."""
@@ -307,7 +308,7 @@ def sweep(self: Run, epoch: int) -> Iterator[Batch]:
         generator = torch_generator("sweep", self.seed, epoch, i)
         yield make_batch(self.packed, self.table, *parts, self.device, generator)
 
-# %% ../nbs/21_training.ipynb #1ed3d61b
+# %% ../nbs/21_training.ipynb #d8e27477
 @patch
 def fit(self: Run, progress: bool = True) -> pd.DataFrame:
     """Train the remaining epochs; return the metrics, a row per epoch."""
@@ -351,7 +352,7 @@ def _one_epoch(self: Run, epoch: int, bar: Any) -> dict[str, float]:
     self._save()
     return self.rows[-1]
 
-# %% ../nbs/21_training.ipynb #cb1eee40
+# %% ../nbs/21_training.ipynb #1f284fe3
 @patch
 def _save(self: Run) -> None:
     """Leave the checkpoint and the metrics in the folder."""
@@ -386,7 +387,7 @@ def _restore(self: Run, state: dict[str, Any]) -> None:
     for name, value in state.items():
         setattr(self, name, value)
 
-# %% ../nbs/21_training.ipynb #a8b96e6a
+# %% ../nbs/21_training.ipynb #f2eeeb94
 @torch.no_grad()
 def embed(
     method: Method,
