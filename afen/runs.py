@@ -7,7 +7,7 @@ __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'injected', 'Pla
            'open_data', 'start', 'data_key', 'score', 'score_table', 'one_line', 'begin_record', 'end_record',
            'save_weights', 'draw', 'ranked', 'shown', 'report']
 
-# %% ../nbs/25_runs.ipynb #8a50eccc
+# %% ../nbs/25_runs.ipynb #1b2b77b2
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -47,9 +47,9 @@ from afen.records import (
     score_entry,
     write_record,
 )
-from .training import Run, embed, estimate
+from .training import Run, collapse, embed, estimate
 
-# %% ../nbs/25_runs.ipynb #a7342e2c
+# %% ../nbs/25_runs.ipynb #07f18001
 WHICH = {
     "dataset": Parameter(str, options=NAMES),
     "root": Parameter(str, optional=True),
@@ -90,7 +90,7 @@ SWITCHES = {  # of AFEN and its relatives, common enough to have names of their 
 }
 PARAMETERS = WHICH | CHANGES | SWITCHES | HOW
 
-# %% ../nbs/25_runs.ipynb #c3c923fb
+# %% ../nbs/25_runs.ipynb #3643cabc
 def injected(
     namespace: Mapping[str, Any],  # globals() after the parameters
     before: set[str],  # the names there were before them
@@ -99,7 +99,7 @@ def injected(
     new = {k: v for k, v in namespace.items() if k not in before}
     return {k: v for k, v in new.items() if not k.startswith("_") and k != "before"}
 
-# %% ../nbs/25_runs.ipynb #24b098d8
+# %% ../nbs/25_runs.ipynb #e702150b
 @dataclass(frozen=True)
 class Plan:
     """A checked run: everything that is decided before any data are opened."""
@@ -117,7 +117,7 @@ class Plan:
         how = {k: self.parameters[k] for k in ("steps", "precision")}
         return which | how | {"recipe": recipe, "options": self.options}
 
-# %% ../nbs/25_runs.ipynb #f5b60783
+# %% ../nbs/25_runs.ipynb #4a3b5b83
 def make_plan(given: Mapping[str, Any]) -> Plan:
     """Check parameters and work out the recipe, the switches and the folder.
 
@@ -145,7 +145,7 @@ def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         recipe = recipe.scaled(given.pop("epochs"))
     return replace(recipe, **given)
 
-# %% ../nbs/25_runs.ipynb #9b3cd720
+# %% ../nbs/25_runs.ipynb #4c070eab
 @dataclass(frozen=True)
 class Data:
     """A split and its packed images."""
@@ -181,7 +181,7 @@ def open_data(plan: Plan) -> Data:
     train, test = (pack(split.root, t.path, size) for t in (split.train, split.test))
     return Data(split, train, test, rendered="x0" in split.train)
 
-# %% ../nbs/25_runs.ipynb #08855ed2
+# %% ../nbs/25_runs.ipynb #c552253a
 def start(plan: Plan, data: Data) -> Run:
     """Make the method and its training, and say what it will cost.
 
@@ -217,7 +217,7 @@ def data_key(data: Data) -> str:
     table = data.split.test[["identity", "camera", "modality"]]
     return digest(data.train.path.stem, data.test.path.stem, table.to_csv())
 
-# %% ../nbs/25_runs.ipynb #da1fd649
+# %% ../nbs/25_runs.ipynb #7f11954b
 def score(
     plan: Plan, data: Data, run: Run
 ) -> tuple[np.ndarray, dict[str, list[Scores]]]:
@@ -226,6 +226,9 @@ def score(
         run.method, data.test, data.split.test.modality, plan.recipe.flip,
         device=run.device,
     )  # fmt: skip
+    for sentence in collapse(features):
+        print(f"warning: {sentence}")
+        run.warnings.append(sentence)
     return features, evaluate_trials(features, data.split, plan.parameters["rerank"])
 
 
@@ -249,7 +252,7 @@ def one_line(scores: Mapping[str, list[Scores]]) -> str:
     ]
     return " | ".join(parts)
 
-# %% ../nbs/25_runs.ipynb #8e0bbc68
+# %% ../nbs/25_runs.ipynb #b69bdd2f
 def begin_record(plan: Plan, data: Data) -> dict[str, Any]:
     """Write the record of a run that has begun, and have the notebook kept."""
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -275,7 +278,7 @@ def end_record(
     }
     return write_record(record, plan.folder)
 
-# %% ../nbs/25_runs.ipynb #fbcdb97a
+# %% ../nbs/25_runs.ipynb #8fca63ac
 def _why(plan: Plan, status: str) -> list[str]:
     """Why a run is no more than it is."""
     if status == "smoke":
@@ -295,7 +298,7 @@ def _entry(setting: str, each: list[Scores], split: Split) -> dict[str, Any]:
         summarise(each), values, split.protocol, each[0].n_queries, size
     )
 
-# %% ../nbs/25_runs.ipynb #1afbe48d
+# %% ../nbs/25_runs.ipynb #1c877307
 def save_weights(method: Method, folder: Path, identity: str) -> Path:
     """Write the method's weights as safetensors, with the run's name inside."""
     path = folder / "weights.safetensors"
@@ -303,7 +306,7 @@ def save_weights(method: Method, folder: Path, identity: str) -> Path:
     save_file(state, path, metadata={"run": identity, "method": method.name})
     return path
 
-# %% ../nbs/25_runs.ipynb #fcf8de96
+# %% ../nbs/25_runs.ipynb #866a6288
 def draw(
     plan: Plan,
     data: Data,
@@ -339,7 +342,7 @@ def draw(
         figures.save(figure, stem, table, _caption(name, plan, trial.setting))
     return [figure for figure, _ in drawings.values()]
 
-# %% ../nbs/25_runs.ipynb #8fbd3299
+# %% ../nbs/25_runs.ipynb #60b8f9e6
 def ranked(
     distances: np.ndarray,  # [Q, G]
     trial: Any,
@@ -365,13 +368,13 @@ def _caption(name: str, plan: Plan, setting: str) -> str:
     where = f"; {setting}, first trial" if one else ""
     return f"{figures.CAPTIONS[name]} ({about}{where}.)"
 
-# %% ../nbs/25_runs.ipynb #574ba4d1
+# %% ../nbs/25_runs.ipynb #0555f706
 def shown(path: Path) -> str:
     """A path as people read it: from the project's root if it is below it."""
     path, root = Path(path).absolute(), project_root()
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
-# %% ../nbs/25_runs.ipynb #7ff0fc99
+# %% ../nbs/25_runs.ipynb #ffff1e4e
 def report(notebook: Path | str) -> None:
     """Print what the last cell of an executed notebook printed, and where it is."""
     book = json.loads(Path(notebook).read_text())

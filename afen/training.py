@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'lr_factor', 'parameter_groups', 'make_optimiser', 'set_lr', 'make_sampler', 'train_step',
            'fastest_precision', 'estimate', 'health', 'train_epoch', 'save_checkpoint', 'load_checkpoint', 'Run',
-           'progress_bar', 'embed', 'check_finite']
+           'progress_bar', 'embed', 'check_finite', 'collapse']
 
-# %% ../nbs/21_training.ipynb #222c61ad
+# %% ../nbs/21_training.ipynb #08cf3b5a
 import math
 import sys
 import time
@@ -34,7 +34,7 @@ from afen.core import (
 )
 from .method import Method, Recipe
 
-# %% ../nbs/21_training.ipynb #e8a71138
+# %% ../nbs/21_training.ipynb #35bfee57
 def lr_factor(
     recipe: Recipe,
     epoch: int,  # from 0
@@ -54,7 +54,7 @@ def _cosine(recipe: Recipe, epoch: int) -> float:
         return floor + (1 - floor) * now / recipe.warmup
     return floor + (1 - floor) * (1 + math.cos(math.pi * now / recipe.epochs)) / 2
 
-# %% ../nbs/21_training.ipynb #99bdca07
+# %% ../nbs/21_training.ipynb #479374c4
 def parameter_groups(method: Method) -> list[dict[str, Any]]:
     """Two optimiser groups, each with its `share` of the learning rate."""
     head = {id(p) for p in method.head_parameters()}
@@ -87,7 +87,7 @@ def set_lr(optimiser: torch.optim.Optimizer, recipe: Recipe, epoch: int) -> floa
         group["lr"] = lr * group["share"]
     return lr
 
-# %% ../nbs/21_training.ipynb #026dfbd5
+# %% ../nbs/21_training.ipynb #913d193f
 def make_sampler(
     table: pd.DataFrame,  # Split.train: label, modality
     recipe: Recipe,
@@ -103,7 +103,7 @@ def make_sampler(
         replacement=recipe.replacement,
     )
 
-# %% ../nbs/21_training.ipynb #6b18fbdc
+# %% ../nbs/21_training.ipynb #9b15b789
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -128,7 +128,7 @@ def train_step(
         "loss": total.detach()
     }
 
-# %% ../nbs/21_training.ipynb #73514daa
+# %% ../nbs/21_training.ipynb #0bc49509
 def fastest_precision(
     method: Method,
     batch: Batch,
@@ -153,7 +153,7 @@ def fastest_precision(
     best = min(times, key=times.get)
     return best, times[best]
 
-# %% ../nbs/21_training.ipynb #c587f5f3
+# %% ../nbs/21_training.ipynb #93cbbbae
 def estimate(
     seconds: float,  # per step, measured
     steps: int,  # per epoch
@@ -169,7 +169,7 @@ def estimate(
         f"{epochs} epochs x {steps} steps x {seconds:.2f} s = {total / size:.1f} {unit}"
     )
 
-# %% ../nbs/21_training.ipynb #6577eb8a
+# %% ../nbs/21_training.ipynb #722f892d
 def health(
     losses: dict[str, float],  # an epoch's mean losses
     n_identities: int,
@@ -196,7 +196,7 @@ def health(
         said.append("metric loss is at log 2 = 0.693: the features collapsed (L5)")
     return [f"epoch {epoch}: {sentence}" for sentence in said]
 
-# %% ../nbs/21_training.ipynb #e16c21f9
+# %% ../nbs/21_training.ipynb #e5cf1b65
 def train_epoch(
     method: Method,
     optimiser: torch.optim.Optimizer,
@@ -218,7 +218,7 @@ def train_epoch(
             bar.update()
     return {name: float(total) / (step + 1) for name, total in sums.items()}
 
-# %% ../nbs/21_training.ipynb #ec7af8d2
+# %% ../nbs/21_training.ipynb #85b4f5c9
 def save_checkpoint(path: Path, **state: Any) -> None:
     """Write a checkpoint; a half-written one never replaces a whole one."""
     with atomic_path(path) as draft:
@@ -247,7 +247,7 @@ def load_checkpoint(
         )
     return state
 
-# %% ../nbs/21_training.ipynb #f137e44e
+# %% ../nbs/21_training.ipynb #a679d279
 class Run:
     """One training: what it needs, where it stands, and how to go on.
 
@@ -286,7 +286,7 @@ class Run:
             choice = fastest_precision(self.method, example, precision)
             self.precision, self.seconds = choice
 
-# %% ../nbs/21_training.ipynb #dcce72ae
+# %% ../nbs/21_training.ipynb #627b04a7
 @patch
 def stream(self: Run, epoch: int) -> Iterator[Batch]:
     """The batches of an epoch."""
@@ -308,7 +308,7 @@ def sweep(self: Run, epoch: int) -> Iterator[Batch]:
         generator = torch_generator("sweep", self.seed, epoch, i)
         yield make_batch(self.packed, self.table, *parts, self.device, generator)
 
-# %% ../nbs/21_training.ipynb #d8e27477
+# %% ../nbs/21_training.ipynb #b6648eff
 @patch
 def fit(self: Run, progress: bool = True) -> pd.DataFrame:
     """Train the remaining epochs; return the metrics, a row per epoch."""
@@ -352,7 +352,7 @@ def _one_epoch(self: Run, epoch: int, bar: Any) -> dict[str, float]:
     self._save()
     return self.rows[-1]
 
-# %% ../nbs/21_training.ipynb #1f284fe3
+# %% ../nbs/21_training.ipynb #d5d75649
 @patch
 def _save(self: Run) -> None:
     """Leave the checkpoint and the metrics in the folder."""
@@ -387,7 +387,7 @@ def _restore(self: Run, state: dict[str, Any]) -> None:
     for name, value in state.items():
         setattr(self, name, value)
 
-# %% ../nbs/21_training.ipynb #f2eeeb94
+# %% ../nbs/21_training.ipynb #8cacfbd0
 @torch.no_grad()
 def embed(
     method: Method,
@@ -423,3 +423,14 @@ def check_finite(features: np.ndarray) -> None:
             "The trained network gives features that are not numbers: training "
             "diverged, so lower the learning rate (-p lr) and train again."
         )
+
+# %% ../nbs/21_training.ipynb #232133e1
+def collapse(
+    features: np.ndarray,  # [N, D], unit length
+    tolerance: float = 1e-3,  # distance from the mean below which all are one
+) -> list[str]:
+    """A sentence if all features are equal, nothing otherwise."""
+    spread = np.linalg.norm(features - features.mean(axis=0), axis=1).max()
+    if spread >= tolerance:
+        return []
+    return [f"all features are equal (within {spread:.1e}): the network has collapsed"]

@@ -29,11 +29,26 @@ def settle(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for cell in book.cells:
         tags = cell.metadata.get("tags")
         cell.metadata = {"tags": tags} if tags else {}
-        for output in cell.get("outputs", []):
-            if output.output_type == "stream":
-                lines = output.text.rstrip("\n").split("\n")
-                output.text = "\n".join(x.rsplit("\r", 1)[-1] for x in lines) + "\n"
+        if "outputs" in cell:
+            cell.outputs = merge(cell.outputs)
     return book
+
+
+def merge(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Join what one stream wrote in pieces; of a line, keep what was seen last."""
+    merged: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if output.output_type != "stream":
+            merged.append(output)
+        elif merged and merged[-1].get("name") == output.name:
+            merged[-1].text += output.text
+        else:
+            merged.append(output)
+    for output in merged:
+        if output.output_type == "stream":
+            lines = output.text.rstrip("\n").split("\n")
+            output.text = "\n".join(x.rsplit("\r", 1)[-1] for x in lines) + "\n"
+    return merged
 
 
 def main(names: list[str]) -> None:
