@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from afen.records import read_record
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(
     p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
@@ -121,3 +123,18 @@ def test_importing_afen_is_quiet():
     command = [sys.executable, "-W", "error", "-c", "import afen; from afen.mecs import MECS"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+RECORDS = sorted((ROOT / "data" / "records").glob("*.json"))
+
+
+def test_there_are_records():
+    assert RECORDS
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
+def test_a_committed_record_is_whole_and_names_itself(path):
+    record = read_record(path)
+    assert record["id"] == path.stem
+    assert record["status"] == "smoke" or not record["data"]["rendered"]
+    assert "/" not in record["command"].split()[0]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CAJ']
 
-# %% ../../nbs/methods/caj.ipynb #77c2feb4
+# %% ../../nbs/methods/caj.ipynb #adaa15b9
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from ..augment import channel_view, infrared_view, weak_view
 from ..method import POCKET, Recipe
 from .agw import AGW
 
-# %% ../../nbs/methods/caj.ipynb #4629e97c
+# %% ../../nbs/methods/caj.ipynb #62c19d51
 class CAJ(AGW):
     """CAJ: three views and the squared weighted triplet loss (released code)."""
 
