@@ -7,7 +7,7 @@ __all__ = ['SPECTRA', 'CAMERAS', 'LAYOUTS', 'POCKET', 'VERSION', 'Difficulty', '
            'Pose', 'Part', 'Ellipsoids', 'Surface', 'Camera', 'Room', 'Moment', 'Sensor', 'render', 'reference_sheet',
            'check_reference', 'TreeSpec', 'Shot', 'write_tree', 'pocket_root']
 
-# %% ../nbs/01_people.ipynb #21ae4c3f
+# %% ../nbs/01_people.ipynb #cff28fe4
 import colorsys
 import csv
 import io
@@ -28,9 +28,9 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from .core import digest, keyed_rng, nearest, project_root
+from .core import digest, keyed_rng, nearest, project_root, shown
 
-# %% ../nbs/01_people.ipynb #8bc3f4f8
+# %% ../nbs/01_people.ipynb #241ad597
 @dataclass(frozen=True)
 class Difficulty:
     """Knobs of the renderer, from 0 (off) to 2; ValueError outside."""
@@ -53,7 +53,7 @@ class Difficulty:
                     f"Difficulty {knob.name} is {value}: choose 0 (off) to 2 (double)."
                 )
 
-# %% ../nbs/01_people.ipynb #b133ac3f
+# %% ../nbs/01_people.ipynb #40584105
 @dataclass(frozen=True)
 class Shape:
     """A body and the cut of its clothes: what every spectrum shows."""
@@ -72,7 +72,7 @@ class Shape:
     lower: str  # one of _STYLES["lower"]
     bag: str  # one of _STYLES["bag"]
 
-# %% ../nbs/01_people.ipynb #100264e4
+# %% ../nbs/01_people.ipynb #e751ef22
 _RANGES = {
     "height": (1.50, 1.94),
     "girth": (0.84, 1.22),
@@ -91,7 +91,7 @@ _STYLES = {
     "bag": ("none", "backpack", "satchel", "handbag"),
 }
 
-# %% ../nbs/01_people.ipynb #6aacfdec
+# %% ../nbs/01_people.ipynb #3c561ea6
 def _sample_shape(rng: np.random.Generator, variety: float) -> Shape:
     """Draw a body. The same draws serve every variety, so a knob moves one person."""
     lengths, styles = {}, {}
@@ -104,7 +104,7 @@ def _sample_shape(rng: np.random.Generator, variety: float) -> Shape:
         styles[name] = options[chosen]
     return Shape(**lengths, **styles)
 
-# %% ../nbs/01_people.ipynb #00d8d5c5
+# %% ../nbs/01_people.ipynb #73d19b9f
 @dataclass(frozen=True)
 class Material:
     """What one cloth, skin or hair looks like in the three spectra."""
@@ -118,7 +118,7 @@ class Material:
 
 _PATTERNS = ("plain", "hoops", "stripes", "checks")
 
-# %% ../nbs/01_people.ipynb #bd7ce0b3
+# %% ../nbs/01_people.ipynb #6859720a
 def _sample_cloth(
     rng: np.random.Generator, difficulty: Difficulty, heat: float
 ) -> Material:
@@ -141,7 +141,7 @@ def _spread(values: np.ndarray, variety: float) -> np.ndarray:
     """Stretch values around a middle grey, within what a surface can reflect."""
     return np.clip(0.45 + variety * (values - 0.45), 0.03, 0.97)
 
-# %% ../nbs/01_people.ipynb #66886810
+# %% ../nbs/01_people.ipynb #2ab11074
 _MATERIALS = ("skin", "hair", "top", "bottom", "shoes", "bag")
 _SKIN = np.array([[0.32, 0.20, 0.14], [0.92, 0.75, 0.64]])  # darkest, lightest
 _HAIR = np.array([[0.06, 0.05, 0.05], [0.68, 0.50, 0.28]])
@@ -156,7 +156,7 @@ def _sample_plain(
     reflectance = near + 0.1 * float(shade)
     return Material((tone, tone), (reflectance, reflectance), heat)
 
-# %% ../nbs/01_people.ipynb #7f996637
+# %% ../nbs/01_people.ipynb #5f1b2c7f
 @dataclass(frozen=True)
 class Person:
     """One identity: a body and its six materials, the same wherever it is seen."""
@@ -182,7 +182,7 @@ def sample_person(
         *(_sample_cloth(rng, difficulty, heat) for heat in heats),
     ))
 
-# %% ../nbs/01_people.ipynb #dd3e145e
+# %% ../nbs/01_people.ipynb #6d78fffd
 class Pose(NamedTuple):
     """Angles in radians, [2] each: left, right. Positive swings forward."""
 
@@ -206,7 +206,7 @@ def _sample_pose(rng: np.random.Generator, amount: float) -> Pose:
 
 _SIDE = np.array([1.0, -1.0])  # x points to the person's left
 
-# %% ../nbs/01_people.ipynb #451d8fac
+# %% ../nbs/01_people.ipynb #17a2dde5
 def _bone(swing: np.ndarray, spread: float) -> np.ndarray:
     """Unit vectors of two hanging bones, [2, 3]: x left, y up, z forward."""
     swing = np.broadcast_to(swing, 2)
@@ -214,7 +214,7 @@ def _bone(swing: np.ndarray, spread: float) -> np.ndarray:
     x, y, z = across * _SIDE, -down * np.cos(swing), down * np.sin(swing)
     return np.stack([x, y, z], axis=1)  # [2, 3]
 
-# %% ../nbs/01_people.ipynb #ec540108
+# %% ../nbs/01_people.ipynb #b586014c
 def _skeleton(shape: Shape, pose: Pose) -> dict[str, np.ndarray]:
     """The points of a body in units of its height: name -> [n, 3]."""
 
@@ -233,12 +233,12 @@ def _skeleton(shape: Shape, pose: Pose) -> dict[str, np.ndarray]:
         "wrists": wrist, "hips": hip, "knees": knee, "ankles": ankle,
     }
 
-# %% ../nbs/01_people.ipynb #e62e63b4
+# %% ../nbs/01_people.ipynb #5aaf93ca
 def _joints(skeleton: Mapping[str, np.ndarray]) -> np.ndarray:
     """The skeleton as COCO's 17 joints, [17, 3]."""
     return np.concatenate(list(skeleton.values()))
 
-# %% ../nbs/01_people.ipynb #136d8ac5
+# %% ../nbs/01_people.ipynb #0de8ffa4
 class Part(NamedTuple):
     """One ellipsoid along a bone; lengths in units of the person's height."""
 
@@ -251,7 +251,7 @@ class Part(NamedTuple):
     cut: float = 1.0  # where along the axis, -1 start to 1 end
     keep: float = 1.0  # where the ellipsoid ends, -1 start to 1 end
 
-# %% ../nbs/01_people.ipynb #47a2d6fb
+# %% ../nbs/01_people.ipynb #ff956c4e
 def _at(y: float, z: float = 0.0, x: float = 0.0) -> np.ndarray:
     """A point of the body, by height, depth and side."""
     return np.array([x, y, z])
@@ -269,7 +269,7 @@ def _trunk(shape: Shape) -> list[Part]:
         Part(_at(legs + 0.08), _at(legs - 0.07), *hips, "top", "bottom", shape.hem),
     ]
 
-# %% ../nbs/01_people.ipynb #10adf15c
+# %% ../nbs/01_people.ipynb #a036514e
 def _head(hair: str) -> list[Part]:
     """The head and its hair."""
     extra = {
@@ -283,7 +283,7 @@ def _head(hair: str) -> list[Part]:
         return [head]
     return [head, cap, *(part for name, part in extra.items() if name == hair)]
 
-# %% ../nbs/01_people.ipynb #12861c43
+# %% ../nbs/01_people.ipynb #4ea96b3e
 def _cut(cover: float, start: float, end: float) -> float:
     """Where on a bone from `start` to `end` (shares of the limb) the cloth stops."""
     return float(2 * np.clip((cover - start) / (end - start), 0, 1) - 1)
@@ -302,7 +302,7 @@ def _arm(shape: Shape, skeleton: Mapping[str, np.ndarray], side: int) -> list[Pa
         Part(wrist, hand, 0.017, 0.020, "skin"),
     ]
 
-# %% ../nbs/01_people.ipynb #a13c191b
+# %% ../nbs/01_people.ipynb #b1a1e714
 def _leg(shape: Shape, skeleton: Mapping[str, np.ndarray], side: int) -> list[Part]:
     """Thigh, shin and shoe; legs under a skirt are bare."""
     hip, knee, ankle = (skeleton[name][side] for name in ("hips", "knees", "ankles"))
@@ -316,7 +316,7 @@ def _leg(shape: Shape, skeleton: Mapping[str, np.ndarray], side: int) -> list[Pa
         Part(heel, toe, 0.024, 0.022, "shoes"),
     ]
 
-# %% ../nbs/01_people.ipynb #dcb4247b
+# %% ../nbs/01_people.ipynb #911c6760
 def _bell(shape: Shape) -> list[Part]:
     """A skirt or the tails of a coat: the upper half of a long ellipsoid."""
     if shape.lower == "trousers":
@@ -340,7 +340,7 @@ def _bag(shape: Shape, skeleton: Mapping[str, np.ndarray]) -> list[Part]:
     }
     return [part for name, part in bags.items() if name == shape.bag]
 
-# %% ../nbs/01_people.ipynb #16b28c66
+# %% ../nbs/01_people.ipynb #0ad96d16
 def _parts(shape: Shape, skeleton: Mapping[str, np.ndarray]) -> list[Part]:
     """All ellipsoids of a person, 17 to 21."""
     limbs = [limb(shape, skeleton, side) for limb in (_arm, _leg) for side in (0, 1)]
@@ -349,7 +349,7 @@ def _parts(shape: Shape, skeleton: Mapping[str, np.ndarray]) -> list[Part]:
         *_bell(shape), *_bag(shape, skeleton),
     ]
 
-# %% ../nbs/01_people.ipynb #bc3c8fd6
+# %% ../nbs/01_people.ipynb #99711939
 @dataclass(frozen=True)
 class Ellipsoids:
     """E ellipsoids before the camera: x right, y up, z towards it, metres."""
@@ -362,7 +362,7 @@ class Ellipsoids:
     keep: np.ndarray  # [E]
     matrix: np.ndarray  # [E, 3, 3], A of Eq. (1)
 
-# %% ../nbs/01_people.ipynb #21d72163
+# %% ../nbs/01_people.ipynb #c8d919b8
 def _ellipsoids(parts: Sequence[Part], height: float, turn: np.ndarray) -> Ellipsoids:
     """Turn parts into ellipsoids seen by a camera; `turn` [3, 3] rotates the body."""
     starts, ends, width, depth, upper, lower, cut, keep = zip(*parts)
@@ -379,7 +379,7 @@ def _ellipsoids(parts: Sequence[Part], height: float, turn: np.ndarray) -> Ellip
     return Ellipsoids((start + end) / 2, axes, radii, np.array(names),
                       np.array(cut), np.array(keep), matrix)
 
-# %% ../nbs/01_people.ipynb #18dac995
+# %% ../nbs/01_people.ipynb #5a8118c7
 def _boxes(body: Ellipsoids, x: np.ndarray, y: np.ndarray) -> list[tuple[slice, slice]]:
     """The rows and columns that each ellipsoid can reach, from Eq. (3)."""
     reach = np.sqrt(np.einsum("eki,ek->ei", body.axes**2, body.radii**2))  # [E, 3]
@@ -389,7 +389,7 @@ def _boxes(body: Ellipsoids, x: np.ndarray, y: np.ndarray) -> list[tuple[slice, 
     rows = (slice(a, b) for a, b in zip(top.tolist(), bottom.tolist()))
     return list(zip(rows, (slice(a, b) for a, b in zip(left.tolist(), right.tolist()))))
 
-# %% ../nbs/01_people.ipynb #94b75205
+# %% ../nbs/01_people.ipynb #af1d6d19
 def _cast(
     body: Ellipsoids, x: np.ndarray, y: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -406,7 +406,7 @@ def _cast(
         index[box][nearer] = k
     return depth, index
 
-# %% ../nbs/01_people.ipynb #d1f26487
+# %% ../nbs/01_people.ipynb #33d9ba10
 def _solve(
     body: Ellipsoids, k: int, x: np.ndarray, y: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -421,14 +421,14 @@ def _solve(
     inside = ux * x + uy * y + uz * zeta <= body.keep[k] * radius
     return zeta + cz, (h > 0) & inside
 
-# %% ../nbs/01_people.ipynb #c6c87faa
+# %% ../nbs/01_people.ipynb #597ca9d9
 def _rotation(yaw: float, pitch: float) -> np.ndarray:
     """Turn by `yaw` to the person's left, then see from `pitch` above (radians)."""
     (cy, sy), (cp, sp) = ((np.cos(a), np.sin(a)) for a in (yaw, pitch))
     turn = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
     return np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]]) @ turn
 
-# %% ../nbs/01_people.ipynb #4180be66
+# %% ../nbs/01_people.ipynb #d4f752a9
 class Surface(NamedTuple):
     """The N pixels where a ray hit the body."""
 
@@ -452,7 +452,7 @@ def _surface(
     normal /= np.sqrt(np.einsum("ni,ni->n", normal, normal))[:, None]
     return Surface(rows, columns, k, place, normal)
 
-# %% ../nbs/01_people.ipynb #111a2679
+# %% ../nbs/01_people.ipynb #0c274a1b
 def _tone(person: Person, body: Ellipsoids, surface: Surface) -> np.ndarray:
     """Material and tone of each hit, int [N, 2]; patterns are in metres of cloth."""
     k, q = surface.part, surface.place
@@ -465,7 +465,7 @@ def _tone(person: Person, body: Ellipsoids, surface: Surface) -> np.ndarray:
     tone = choices[style[material], np.arange(len(material))]
     return np.stack([material, tone], axis=1)
 
-# %% ../nbs/01_people.ipynb #891f9452
+# %% ../nbs/01_people.ipynb #795fd68e
 SPECTRA = ("visible", "near-infrared", "thermal")
 
 
@@ -477,7 +477,7 @@ def _albedo(person: Person, spectrum: str) -> np.ndarray:
         return np.array([m.near for m in person.materials])[..., None]
     return np.array([[m.heat] * 2 for m in person.materials])[..., None]
 
-# %% ../nbs/01_people.ipynb #2d497cbd
+# %% ../nbs/01_people.ipynb #ea0cefdd
 def _shade(
     albedo: np.ndarray, normal: np.ndarray, spectrum: str, lamp: np.ndarray
 ) -> np.ndarray:
@@ -487,7 +487,7 @@ def _shade(
     ambient = 0.45  # alpha of Eq. (4)
     return albedo * (ambient + (1 - ambient) * np.maximum(normal @ lamp, 0)[:, None])
 
-# %% ../nbs/01_people.ipynb #549a42f5
+# %% ../nbs/01_people.ipynb #5f755286
 @dataclass(frozen=True)
 class Camera:
     """Where a camera stands; cameras of one room see the same walls."""
@@ -499,7 +499,7 @@ class Camera:
     pitch: float = 10.0  # degrees, looking down
     heading: float = 0.0  # degrees; 0 sees most people from the front
 
-# %% ../nbs/01_people.ipynb #f8068489
+# %% ../nbs/01_people.ipynb #42bc84d4
 _REGDB = (
     Camera(1, "visible", "roof", False, 22, 60),
     Camera(2, "thermal", "roof", False, 22, 60),
@@ -514,7 +514,7 @@ _SYSU = (
 )
 _FOLDER = (Camera(1, "visible", "hall", True), Camera(2, "near-infrared", "hall", True))
 
-# %% ../nbs/01_people.ipynb #310bafc5
+# %% ../nbs/01_people.ipynb #a175443f
 _LLCM = tuple(
     Camera(n, spectrum, f"place {n}", n % 3 == 0, 6.0 + n, 40.0 * n)
     for spectrum, numbers in (
@@ -525,7 +525,7 @@ _LLCM = tuple(
 )
 CAMERAS = {"regdb": _REGDB, "sysu": _SYSU, "llcm": _LLCM, "folder": _FOLDER}
 
-# %% ../nbs/01_people.ipynb #748e2175
+# %% ../nbs/01_people.ipynb #75e1ba05
 _CHANNELS = dict(zip(SPECTRA, (slice(0, 3), slice(3, 4), slice(4, 5))))
 _COLUMNS = 16  # cells of wall in a panorama, of which a crop shows 4
 
@@ -538,7 +538,7 @@ def _paints(rng: np.random.Generator, *shape: int) -> np.ndarray:
     heat = 0.06 + 0.40 * rng.random((*shape, 1)) ** 3
     return np.concatenate([rgb, near, heat], axis=-1)
 
-# %% ../nbs/01_people.ipynb #530220d9
+# %% ../nbs/01_people.ipynb #e37e3e4c
 class Room(NamedTuple):
     """A panorama; lengths in crops, so x runs from 0 to 4."""
 
@@ -561,7 +561,7 @@ def _room(seed: int, name: str) -> Room:
                       0.1 + 0.6 * u[:, 3]], axis=1)  # [10, 4]
     return Room(wall, floor, 0.72 + 0.18 * rng.random(), boxes, _paints(rng, 10))
 
-# %% ../nbs/01_people.ipynb #19517333
+# %% ../nbs/01_people.ipynb #2e4429f5
 class Moment(NamedTuple):
     """What happens in the world when an image is taken."""
 
@@ -577,7 +577,7 @@ class Moment(NamedTuple):
     paint: np.ndarray  # [5, 5]: of the four things and of the occluder
     occluder: np.ndarray  # [4] uniform draws
 
-# %% ../nbs/01_people.ipynb #bd9f2978
+# %% ../nbs/01_people.ipynb #d5a5c325
 def _sample_moment(
     person: Person, camera: Camera, view: int, difficulty: Difficulty
 ) -> Moment:
@@ -598,7 +598,7 @@ def _sample_moment(
         rng.random((4, 4)), _paints(rng, 5), rng.random(4),
     )
 
-# %% ../nbs/01_people.ipynb #6d034fe8
+# %% ../nbs/01_people.ipynb #fec49071
 def _lamp(camera: Camera, jitter: np.ndarray) -> np.ndarray:
     """Where light comes from, [3]: an active illuminator, a ceiling, or the sky."""
     if camera.spectrum == "near-infrared":
@@ -610,7 +610,7 @@ def _lamp(camera: Camera, jitter: np.ndarray) -> np.ndarray:
     direction = usual + spread * jitter
     return direction / np.linalg.norm(direction)
 
-# %% ../nbs/01_people.ipynb #1e03722b
+# %% ../nbs/01_people.ipynb #f36966e4
 def _stretch(grid: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Read a grid [R, C, K] at fractional rows [H] and columns [W], linearly."""
     for axis, at in ((0, rows), (1, columns)):
@@ -620,7 +620,7 @@ def _stretch(grid: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndar
         grid = (1 - share) * first + share * second
     return grid  # [H, W, K]
 
-# %% ../nbs/01_people.ipynb #8cdf61e5
+# %% ../nbs/01_people.ipynb #26878f83
 def _paint(
     image: np.ndarray, box: np.ndarray, paint: np.ndarray, rounded: bool = False
 ) -> tuple[slice, slice]:
@@ -637,7 +637,7 @@ def _paint(
     image[region][mask] = paint
     return region
 
-# %% ../nbs/01_people.ipynb #70daa16c
+# %% ../nbs/01_people.ipynb #f822b03f
 _USUAL = {"visible": 0.42, "near-infrared": 0.36, "thermal": 0.16}  # mean background
 
 
@@ -658,7 +658,7 @@ def _background(
     usual = _USUAL[spectrum]
     return usual + clutter * (image - usual)
 
-# %% ../nbs/01_people.ipynb #f50ad4d2
+# %% ../nbs/01_people.ipynb #60c4298b
 def _occluder(draws: np.ndarray, amount: float) -> np.ndarray | None:
     """The box of what stands in front, or None; `amount` scales chance and size."""
     present, kind, size, place = draws
@@ -673,7 +673,7 @@ def _occluder(draws: np.ndarray, amount: float) -> np.ndarray | None:
     width = amount * (0.12 + 0.16 * size)
     return np.array([0 if place < 0.5 else 1 - width, 0, width, 1])
 
-# %% ../nbs/01_people.ipynb #21bbdcbd
+# %% ../nbs/01_people.ipynb #1c654644
 class Sensor(NamedTuple):
     """The character of one camera."""
 
@@ -689,7 +689,7 @@ def _sensor(seed: int, number: int) -> Sensor:
     gain, *tint = rng.standard_normal(4)
     return Sensor(0.15 * gain, 0.08 * np.array(tint), 0.6 + rng.random())
 
-# %% ../nbs/01_people.ipynb #52b37e4f
+# %% ../nbs/01_people.ipynb #2c7ac5c5
 _GRAIN = {"visible": 0.020, "near-infrared": 0.030, "thermal": 0.030}
 _BLUR = {"visible": 0.05, "near-infrared": 0.08, "thermal": 0.14}
 
@@ -708,7 +708,7 @@ def _blur(image: np.ndarray, amount: float) -> np.ndarray:
         image = image.swapaxes(0, 1)
     return image
 
-# %% ../nbs/01_people.ipynb #cc2f12bf
+# %% ../nbs/01_people.ipynb #a41fd40a
 def _expose(
     radiance: np.ndarray, spectrum: str, sensor: Sensor, exposure: float,
     difficulty: Difficulty, rng: np.random.Generator,
@@ -724,7 +724,7 @@ def _expose(
     levels = np.floor(255 * np.clip(image, 0, 1) + 0.5).astype(np.uint8)
     return np.broadcast_to(levels, (*levels.shape[:2], 3)).copy()  # [H, W, 3]
 
-# %% ../nbs/01_people.ipynb #1dcb9fc7
+# %% ../nbs/01_people.ipynb #acfc2990
 def _place(
     person: Person, moment: Moment, size: tuple[int, int]
 ) -> tuple[Ellipsoids, np.ndarray, np.ndarray, np.ndarray]:
@@ -741,7 +741,7 @@ def _place(
     y = top - (np.arange(height) + 0.5 - height / 2) / scale
     return body, joints, x, y
 
-# %% ../nbs/01_people.ipynb #9f879e51
+# %% ../nbs/01_people.ipynb #698a80b3
 def _seen(
     joints: np.ndarray, x: np.ndarray, y: np.ndarray, depth: np.ndarray,
     hidden: np.ndarray,
@@ -761,7 +761,7 @@ def _seen(
     visible = inside & near & ~hidden[i, j]
     return np.stack([columns / 2, rows / 2, visible], axis=1)
 
-# %% ../nbs/01_people.ipynb #0f7a6074
+# %% ../nbs/01_people.ipynb #2ff7c322
 def _draw(
     person: Person, spectrum: str, camera: Camera, moment: Moment,
     size: tuple[int, int], difficulty: Difficulty,
@@ -781,7 +781,7 @@ def _draw(
         hidden[_paint(image, box, moment.paint[4, _CHANNELS[spectrum]])] = True
     return image, _seen(joints, x, y, depth, hidden)
 
-# %% ../nbs/01_people.ipynb #4fdeaa36
+# %% ../nbs/01_people.ipynb #7d398126
 def render(
     person: Person,
     spectrum: str,  # one of SPECTRA
@@ -804,7 +804,7 @@ def render(
     image = _expose(radiance, spectrum, sensor, moment.exposure, difficulty, rng)
     return image, joints
 
-# %% ../nbs/01_people.ipynb #3aee975f
+# %% ../nbs/01_people.ipynb #738755a1
 def reference_sheet() -> np.ndarray:
     """Six people, a spectrum a row, rendered now: uint8 [288, 288, 3]."""
     people = [(sample_person(7, k), camera) for k, camera in enumerate(_SYSU)]
@@ -813,7 +813,7 @@ def reference_sheet() -> np.ndarray:
         for spectrum in SPECTRA
     ])
 
-# %% ../nbs/01_people.ipynb #78560013
+# %% ../nbs/01_people.ipynb #cb34a52d
 def check_reference(
     path: Path | str | None = None,  # the stored sheet; tests/people.png if None
 ) -> int:
@@ -833,7 +833,7 @@ def check_reference(
         )
     return worst
 
-# %% ../nbs/01_people.ipynb #023c2aa3
+# %% ../nbs/01_people.ipynb #37325bc7
 LAYOUTS = ("regdb", "sysu", "llcm", "folder")
 
 
@@ -860,7 +860,7 @@ class TreeSpec:
         """All identities, counted from 1 as the real sets do."""
         return range(1, self.n_train + self.n_test + 1)
 
-# %% ../nbs/01_people.ipynb #3224e153
+# %% ../nbs/01_people.ipynb #fcfd3326
 class Shot(NamedTuple):
     """One image file of a tree."""
 
@@ -869,7 +869,7 @@ class Shot(NamedTuple):
     camera: Camera
     view: int
 
-# %% ../nbs/01_people.ipynb #86df0162
+# %% ../nbs/01_people.ipynb #a9443816
 def _shots_regdb(spec: TreeSpec) -> list[Shot]:
     """Visible/<id>/*.bmp and Thermal/<id>/*.bmp: aligned pairs."""
     return [
@@ -880,7 +880,7 @@ def _shots_regdb(spec: TreeSpec) -> list[Shot]:
         for n in range(1, spec.n_images + 1)
     ]
 
-# %% ../nbs/01_people.ipynb #ba538bb3
+# %% ../nbs/01_people.ipynb #fa12ad1c
 def _groups_sysu(spec: TreeSpec) -> dict[str, list[int]]:
     """Identities of "train", "val" and "test", each sorted."""
     order = keyed_rng("groups", spec.seed).permutation(spec.identities).tolist()
@@ -900,7 +900,7 @@ def _passes_sysu(spec: TreeSpec, identity: int) -> list[Camera]:
     seen[6] |= not seen[3]
     return [camera for camera in _SYSU if first or seen[camera.number]]
 
-# %% ../nbs/01_people.ipynb #97afb183
+# %% ../nbs/01_people.ipynb #3323c29a
 def _view(camera: Camera, n: int) -> int:
     """The number of a moment that no other camera shares."""
     return 100 * camera.number + n
@@ -915,7 +915,7 @@ def _shots_sysu(spec: TreeSpec) -> list[Shot]:
         for n in range(1, spec.n_images + 1)
     ]
 
-# %% ../nbs/01_people.ipynb #196677bb
+# %% ../nbs/01_people.ipynb #5400879b
 def _shots_llcm(spec: TreeSpec) -> list[Shot]:
     """train_vis/<id>/*, test_vis/cam<n>/<id>/*, and the same with nir.
 
@@ -938,7 +938,7 @@ def _shots_llcm(spec: TreeSpec) -> list[Shot]:
                 shots.append(Shot(f"{folder}/{name}", i, camera, view))
     return shots
 
-# %% ../nbs/01_people.ipynb #207e4ae8
+# %% ../nbs/01_people.ipynb #1a1656e3
 def _shots_folder(spec: TreeSpec) -> list[Shot]:
     """visible/<identity>/*.png and infrared/<identity>/*.png."""
     return [
@@ -948,10 +948,10 @@ def _shots_folder(spec: TreeSpec) -> list[Shot]:
         for n in range(1, spec.n_images + 1)
     ]
 
-# %% ../nbs/01_people.ipynb #46409619
+# %% ../nbs/01_people.ipynb #33176c7c
 _SHOTS = dict(zip(LAYOUTS, (_shots_regdb, _shots_sysu, _shots_llcm, _shots_folder)))
 
-# %% ../nbs/01_people.ipynb #04bf60a7
+# %% ../nbs/01_people.ipynb #32740720
 def _lines(shots: Sequence[Shot], identities: Sequence[int]) -> bytes:
     """`path label` lines of the shots of these identities, labelled from 0 in order."""
     label = {identity: k for k, identity in enumerate(identities)}
@@ -972,7 +972,7 @@ def _index_regdb(spec: TreeSpec, shots: Sequence[Shot]) -> dict[str, bytes]:
                 index[f"idx/{half}_{name}_{trial}.txt"] = content
     return index
 
-# %% ../nbs/01_people.ipynb #f6d73f3e
+# %% ../nbs/01_people.ipynb #be1e7035
 def _mat(**content: np.ndarray) -> bytes:
     """A Matlab file without the date in its header, so that equal data are equal."""
     buffer = io.BytesIO()
@@ -986,7 +986,7 @@ def _cells(items: Sequence[np.ndarray]) -> np.ndarray:
     cells[:, 0] = items
     return cells
 
-# %% ../nbs/01_people.ipynb #5eb9fa7f
+# %% ../nbs/01_people.ipynb #9cccd782
 def _gallery_draws(spec: TreeSpec, shots: Sequence[Shot]) -> np.ndarray:
     """The content of rand_perm_cam.mat: cells [6, 1] of cells [n_ids, 1] of [10, n]."""
     present = {(s.camera.number, s.identity) for s in shots}
@@ -1000,7 +1000,7 @@ def _gallery_draws(spec: TreeSpec, shots: Sequence[Shot]) -> np.ndarray:
         columns.append(column)
     return _cells(columns)
 
-# %% ../nbs/01_people.ipynb #e045ce70
+# %% ../nbs/01_people.ipynb #95e34dac
 def _index_sysu(spec: TreeSpec, shots: Sequence[Shot]) -> dict[str, bytes]:
     """exp/{train,val,test,available}_id.{txt,mat} and exp/rand_perm_cam.mat."""
     groups = _groups_sysu(spec) | {"available": list(spec.identities)}
@@ -1010,7 +1010,7 @@ def _index_sysu(spec: TreeSpec, shots: Sequence[Shot]) -> dict[str, bytes]:
         index[f"exp/{name}_id.mat"] = _mat(id=np.array(ids)[None])  # [1, n]
     return index
 
-# %% ../nbs/01_people.ipynb #e94c518c
+# %% ../nbs/01_people.ipynb #283af31e
 def _index_llcm(spec: TreeSpec, shots: Sequence[Shot]) -> dict[str, bytes]:
     """idx/train_vis.txt, idx/train_nir.txt and idx/test_id.txt."""
     train, test = spec.identities[: spec.n_train], spec.identities[spec.n_train :]
@@ -1023,7 +1023,7 @@ def _index_llcm(spec: TreeSpec, shots: Sequence[Shot]) -> dict[str, bytes]:
 
 _INDEX = {"regdb": _index_regdb, "sysu": _index_sysu, "llcm": _index_llcm}
 
-# %% ../nbs/01_people.ipynb #37ab9d42
+# %% ../nbs/01_people.ipynb #2256ebb3
 def _write_shot(shot: Shot, root: Path, spec: TreeSpec) -> list[float | str]:
     """Render one image into the tree; return its row of joints.csv."""
     person = sample_person(spec.seed, shot.identity, spec.difficulty)
@@ -1035,7 +1035,7 @@ def _write_shot(shot: Shot, root: Path, spec: TreeSpec) -> list[float | str]:
     Image.fromarray(image).save(path, **quality)
     return [shot.path, *joints.round(2).ravel().tolist()]
 
-# %% ../nbs/01_people.ipynb #66a2189f
+# %% ../nbs/01_people.ipynb #37367019
 def _write_shots(shots: Sequence[Shot], root: Path, spec: TreeSpec) -> list[list]:
     """Render all images of a tree; return the rows of joints.csv in order."""
     write = partial(_write_shot, root=root, spec=spec)
@@ -1045,14 +1045,14 @@ def _write_shots(shots: Sequence[Shot], root: Path, spec: TreeSpec) -> list[list
                 return list(pool.map(write, shots, chunksize=32))
     return list(map(write, shots))
 
-# %% ../nbs/01_people.ipynb #747c9f4d
+# %% ../nbs/01_people.ipynb #f30df5e1
 def _write_joints(path: Path, rows: Sequence[Sequence[float | str]]) -> None:
     """Write joints.csv: `path`, then x0, y0, v0, ... in pixels, COCO-17 order."""
     names = [f"{letter}{k}" for k in range(17) for letter in "xyv"]
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([["path", *names], *rows])
 
-# %% ../nbs/01_people.ipynb #64693d2c
+# %% ../nbs/01_people.ipynb #156e9e8c
 def write_tree(
     layout: str,  # one of LAYOUTS
     root: Path | str,  # a new or empty folder
@@ -1081,7 +1081,7 @@ def write_tree(
         (root / path).write_bytes(content)
     return root
 
-# %% ../nbs/01_people.ipynb #a9c14d6c
+# %% ../nbs/01_people.ipynb #097342b4
 POCKET = {
     "pocket-regdb": TreeSpec(
         "regdb",
@@ -1105,7 +1105,7 @@ POCKET = {
     ),
 }  # fmt: skip
 
-# %% ../nbs/01_people.ipynb #39d7742f
+# %% ../nbs/01_people.ipynb #61d69871
 def _manifest(root: Path, spec: TreeSpec) -> dict[str, str]:
     """What a rendered tree is: the hash of its specification and that of its files."""
     files = sorted(p for p in root.rglob("*") if p.is_file() and p.name != _MANIFEST)
@@ -1125,7 +1125,7 @@ def _is_whole(root: Path, spec: TreeSpec) -> bool:
     except (OSError, ValueError):
         return False
 
-# %% ../nbs/01_people.ipynb #8b849644
+# %% ../nbs/01_people.ipynb #6bfc8c3a
 def pocket_root(
     name: str,  # one of POCKET
     cache: Path | str | None = None,  # data/pocket if None
@@ -1140,10 +1140,10 @@ def pocket_root(
     if _is_whole(root, spec):
         return root
     why = "is damaged or out of date" if root.exists() else "is not there yet"
-    print(f"{name} {why}: rendering it in {root}", flush=True)
+    print(f"{name} {why}: rendering it in {shown(root)}", flush=True)
     return _render_set(root, spec)
 
-# %% ../nbs/01_people.ipynb #b76af15c
+# %% ../nbs/01_people.ipynb #06e8b6e9
 def _arguments(spec: TreeSpec) -> dict[str, Any]:
     """A specification as arguments of `write_tree`."""
     return {field.name: getattr(spec, field.name) for field in fields(spec)}

@@ -7,12 +7,11 @@ __all__ = ['STATUSES', 'SCHEMA', 'PACKAGES', 'OVER', 'run_status', 'check_record
            'package_versions', 'machine', 'score_entry', 'run_id', 'new_record', 'write_record', 'read_record',
            'keep_notebook']
 
-# %% ../nbs/22_records.ipynb #c7a45154
-import atexit
+# %% ../nbs/22_records.ipynb #d66568e6
 import json
+import os
 import platform
 import resource
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -26,7 +25,7 @@ import torch
 
 from .core import atomic_path, digest, papermill_command, project_root
 
-# %% ../nbs/22_records.ipynb #f69a3b11
+# %% ../nbs/22_records.ipynb #e6a9a59f
 STATUSES = {
     "paper": "copied from the publication, with its citation",
     "author-code": "the authors' code, run by us",
@@ -38,7 +37,7 @@ STATUSES = {
     "not run": "no record, for a stated reason",
 }
 
-# %% ../nbs/22_records.ipynb #e2126ca1
+# %% ../nbs/22_records.ipynb #e6e9d2af
 def run_status(
     dataset: str,
     preset: str,
@@ -50,7 +49,7 @@ def run_status(
         return "smoke"
     return "partial" if preset != "paper" or list(reduced) else "reproduced"
 
-# %% ../nbs/22_records.ipynb #09c86385
+# %% ../nbs/22_records.ipynb #88b2f92f
 _TEXT, _NUMBER = {"type": "string"}, {"type": "number"}
 _FRACTION = {"type": "number", "minimum": 0, "maximum": 1}
 _SCORE = {
@@ -93,7 +92,7 @@ SCHEMA = {
     "else": {"properties": {"scores": {"minProperties": 1}}},
 }
 
-# %% ../nbs/22_records.ipynb #0a91e944
+# %% ../nbs/22_records.ipynb #fa1cef4b
 def check_record(record: Mapping[str, Any]) -> None:
     """Raise ValueError if a record departs from the schema or from its own hash."""
     validator = jsonschema.Draft202012Validator(SCHEMA)
@@ -114,7 +113,7 @@ def fingerprint(record: Mapping[str, Any]) -> str:
     """The hash of everything in a record but the hash itself."""
     return digest({k: v for k, v in record.items() if k != "fingerprint"})
 
-# %% ../nbs/22_records.ipynb #216a6c3c
+# %% ../nbs/22_records.ipynb #920f9dc0
 def code_revision(root: Path | None = None) -> dict[str, Any]:
     """The git revision of the checkout and whether files differ from it."""
     root = root or project_root()
@@ -136,7 +135,7 @@ def package_versions() -> dict[str, str]:
     found = {name: metadata.version(name) for name in PACKAGES}
     return {"python": platform.python_version()} | found
 
-# %% ../nbs/22_records.ipynb #e608d2d9
+# %% ../nbs/22_records.ipynb #340384c1
 def machine(device: torch.device, seconds: float, precision: str) -> dict[str, Any]:
     """The device, the run's wall-clock seconds, its peak memory in MB, the system."""
     on_gpu = device.type == "cuda"
@@ -153,7 +152,7 @@ def machine(device: torch.device, seconds: float, precision: str) -> dict[str, A
         "peak_memory": round(peak / 1e6),
     }
 
-# %% ../nbs/22_records.ipynb #58818a9d
+# %% ../nbs/22_records.ipynb #145a558c
 def _round(value: float | None) -> float | None:
     """Six digits; the spread of a single trial is None, unknown."""
     return None if value is None else round(value, 6)
@@ -180,7 +179,7 @@ def score_entry(
         "n_gallery": n_gallery,
     }
 
-# %% ../nbs/22_records.ipynb #1c9d9fad
+# %% ../nbs/22_records.ipynb #277a5b8c
 def run_id(parameters: Mapping[str, Any]) -> str:
     """A short name for a run: what it is, then eight digits of its parameters' hash."""
     p = parameters
@@ -209,7 +208,7 @@ def new_record(
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
-# %% ../nbs/22_records.ipynb #5345d364
+# %% ../nbs/22_records.ipynb #1bef8c17
 def write_record(record: dict[str, Any], folder: Path | str) -> Path:
     """Seal, check and write `record.json` in `folder`; returns its path."""
     record["fingerprint"] = fingerprint(record)
@@ -229,15 +228,30 @@ def read_record(path: Path | str) -> dict[str, Any]:
     check_record(record)
     return record
 
-# %% ../nbs/22_records.ipynb #81cc12b5
+# %% ../nbs/22_records.ipynb #13dd212c
+_KEEPER = """
+import shutil, sys, time
+import psutil
+try:
+    while psutil.Process(int(sys.argv[1])).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.1)
+except psutil.NoSuchProcess:
+    pass
+shutil.copy(*sys.argv[2:])
+"""
+
+
 def keep_notebook(folder: Path | str) -> bool:
-    """Copy papermill's output notebook into `folder` when this kernel ends.
+    """Copy papermill's output notebook into `folder` once papermill has ended.
 
     Returns whether there is one: under JupyterLab there is none to copy.
     """
     notebooks = [Path(w) for w in papermill_command() if w.endswith(".ipynb")]
     if len(notebooks) < 2:  # papermill INPUT OUTPUT
         return False
-    target = Path(folder) / "notebook.ipynb"
-    atexit.register(lambda: notebooks[1].exists() and shutil.copy(notebooks[1], target))
+    paths = notebooks[1].absolute(), Path(folder).absolute() / "notebook.ipynb"
+    words = [sys.executable, "-c", _KEEPER, os.getppid(), *paths]
+    # no stream of ours: who reads papermill's output would wait for the keeper too
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    subprocess.Popen([str(word) for word in words], start_new_session=True, **quiet)
     return True

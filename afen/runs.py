@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'injected', 'Plan', 'make_plan', 'change_recipe', 'Data',
            'open_data', 'start', 'data_key', 'score', 'score_table', 'one_line', 'begin_record', 'end_record',
-           'save_weights', 'draw', 'ranked', 'shown', 'report']
+           'save_weights', 'draw', 'ranked', 'report']
 
-# %% ../nbs/25_runs.ipynb #1b2b77b2
+# %% ../nbs/25_runs.ipynb #59e2a2e5
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -49,7 +49,7 @@ from afen.records import (
 )
 from .training import Run, collapse, embed, estimate
 
-# %% ../nbs/25_runs.ipynb #07f18001
+# %% ../nbs/25_runs.ipynb #74ff377b
 WHICH = {
     "dataset": Parameter(str, options=NAMES),
     "root": Parameter(str, optional=True),
@@ -90,7 +90,7 @@ SWITCHES = {  # of AFEN and its relatives, common enough to have names of their 
 }
 PARAMETERS = WHICH | CHANGES | SWITCHES | HOW
 
-# %% ../nbs/25_runs.ipynb #3643cabc
+# %% ../nbs/25_runs.ipynb #6668a0ff
 def injected(
     namespace: Mapping[str, Any],  # globals() after the parameters
     before: set[str],  # the names there were before them
@@ -99,7 +99,7 @@ def injected(
     new = {k: v for k, v in namespace.items() if k not in before}
     return {k: v for k, v in new.items() if not k.startswith("_") and k != "before"}
 
-# %% ../nbs/25_runs.ipynb #e702150b
+# %% ../nbs/25_runs.ipynb #12d0694c
 @dataclass(frozen=True)
 class Plan:
     """A checked run: everything that is decided before any data are opened."""
@@ -117,7 +117,7 @@ class Plan:
         how = {k: self.parameters[k] for k in ("steps", "precision")}
         return which | how | {"recipe": recipe, "options": self.options}
 
-# %% ../nbs/25_runs.ipynb #4a3b5b83
+# %% ../nbs/25_runs.ipynb #71c3af3c
 def make_plan(given: Mapping[str, Any]) -> Plan:
     """Check parameters and work out the recipe, the switches and the folder.
 
@@ -145,7 +145,7 @@ def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         recipe = recipe.scaled(given.pop("epochs"))
     return replace(recipe, **given)
 
-# %% ../nbs/25_runs.ipynb #4c070eab
+# %% ../nbs/25_runs.ipynb #768c0c69
 @dataclass(frozen=True)
 class Data:
     """A split and its packed images."""
@@ -181,7 +181,7 @@ def open_data(plan: Plan) -> Data:
     train, test = (pack(split.root, t.path, size) for t in (split.train, split.test))
     return Data(split, train, test, rendered="x0" in split.train)
 
-# %% ../nbs/25_runs.ipynb #c552253a
+# %% ../nbs/25_runs.ipynb #f75d3d22
 def start(plan: Plan, data: Data) -> Run:
     """Make the method and its training, and say what it will cost.
 
@@ -217,7 +217,7 @@ def data_key(data: Data) -> str:
     table = data.split.test[["identity", "camera", "modality"]]
     return digest(data.train.path.stem, data.test.path.stem, table.to_csv())
 
-# %% ../nbs/25_runs.ipynb #7f11954b
+# %% ../nbs/25_runs.ipynb #3b21ff28
 def score(
     plan: Plan, data: Data, run: Run
 ) -> tuple[np.ndarray, dict[str, list[Scores]]]:
@@ -252,7 +252,7 @@ def one_line(scores: Mapping[str, list[Scores]]) -> str:
     ]
     return " | ".join(parts)
 
-# %% ../nbs/25_runs.ipynb #b69bdd2f
+# %% ../nbs/25_runs.ipynb #d260569f
 def begin_record(plan: Plan, data: Data) -> dict[str, Any]:
     """Write the record of a run that has begun, and have the notebook kept."""
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -278,7 +278,7 @@ def end_record(
     }
     return write_record(record, plan.folder)
 
-# %% ../nbs/25_runs.ipynb #8fca63ac
+# %% ../nbs/25_runs.ipynb #6b519d93
 def _why(plan: Plan, status: str) -> list[str]:
     """Why a run is no more than it is."""
     if status == "smoke":
@@ -298,7 +298,7 @@ def _entry(setting: str, each: list[Scores], split: Split) -> dict[str, Any]:
         summarise(each), values, split.protocol, each[0].n_queries, size
     )
 
-# %% ../nbs/25_runs.ipynb #1c877307
+# %% ../nbs/25_runs.ipynb #be384e1e
 def save_weights(method: Method, folder: Path, identity: str) -> Path:
     """Write the method's weights as safetensors, with the run's name inside."""
     path = folder / "weights.safetensors"
@@ -306,7 +306,7 @@ def save_weights(method: Method, folder: Path, identity: str) -> Path:
     save_file(state, path, metadata={"run": identity, "method": method.name})
     return path
 
-# %% ../nbs/25_runs.ipynb #866a6288
+# %% ../nbs/25_runs.ipynb #c6ced4bb
 def draw(
     plan: Plan,
     data: Data,
@@ -342,7 +342,7 @@ def draw(
         figures.save(figure, stem, table, _caption(name, plan, trial.setting))
     return [figure for figure, _ in drawings.values()]
 
-# %% ../nbs/25_runs.ipynb #60b8f9e6
+# %% ../nbs/25_runs.ipynb #276e1628
 def ranked(
     distances: np.ndarray,  # [Q, G]
     trial: Any,
@@ -368,13 +368,7 @@ def _caption(name: str, plan: Plan, setting: str) -> str:
     where = f"; {setting}, first trial" if one else ""
     return f"{figures.CAPTIONS[name]} ({about}{where}.)"
 
-# %% ../nbs/25_runs.ipynb #0555f706
-def shown(path: Path) -> str:
-    """A path as people read it: from the project's root if it is below it."""
-    path, root = Path(path).absolute(), project_root()
-    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
-
-# %% ../nbs/25_runs.ipynb #ffff1e4e
+# %% ../nbs/25_runs.ipynb #6e70fe11
 def report(notebook: Path | str) -> None:
     """Print what the last cell of an executed notebook printed, and where it is."""
     book = json.loads(Path(notebook).read_text())

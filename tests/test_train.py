@@ -70,6 +70,10 @@ def test_every_layout_trains_and_leaves_a_whole_run(trees, tmp_path, dataset):
     figures = {p.name for p in (run / "figures").iterdir()}
     for name in ("loss_curves", "learning_rate", "cmc_curve", "distance_histograms"):
         assert {f"smoke_{name}.{kind}" for kind in ("svg", "png", "csv")} <= figures
+    for _ in range(100):  # it is copied when papermill has ended
+        if (run / "notebook.ipynb").exists():
+            break
+        time.sleep(0.1)
     book = nbformat.read(run / "notebook.ipynb", as_version=4)
     assert "Rank-1" in book.cells[-1].outputs[-1]["text"]
 
