@@ -9,15 +9,16 @@ __all__ = ['SOURCES', 'NAMES', 'IMAGE_SUFFIXES', 'COLUMNS', 'DIRECTIONS', 'Parts
            'read_index', 'list_indexed', 'relabel', 'both_directions', 'read_regdb', 'read_mat', 'read_ids',
            'gallery_cells', 'draw_random', 'read_permutations', 'draw_official', 'cells_unlike', 'file_numbers',
            'sysu_trials', 'read_sysu', 'llcm_trials', 'read_llcm', 'list_folder', 'number_names', 'read_folder',
-           'read_joints', 'check_split', 'load', 'summary', 'count_indices', 'count_regdb', 'count_sysu', 'count_llcm',
-           'count_folder', 'verify']
+           'read_joints', 'check_split', 'load', 'summary', 'with_noise', 'count_indices', 'count_regdb', 'count_sysu',
+           'count_llcm', 'count_folder', 'verify']
 
 # %% ../nbs/02_datasets.ipynb #aa2f5fe2
+import math
 import os
 import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -675,6 +676,23 @@ def summary(split: Split) -> pd.DataFrame:
         row.setdefault("gallery", len(trial.gallery))
     order = ["identities", "visible", "infrared", "queries", "gallery", "trials"]
     return pd.DataFrame.from_dict(rows, "index").reindex(columns=order).astype("Int64")
+
+# %% ../nbs/02_datasets.ipynb #90840850
+def with_noise(
+    split: Split,
+    rate: float,  # share of each modality's training images, 0 to 1
+    seed: int,
+) -> Split:
+    """The split with some training labels replaced by others, the same for a seed."""
+    if rate == 0:
+        return split
+    label, rng = split.train.label.to_numpy().copy(), keyed_rng("noise", seed)
+    for modality in ("visible", "infrared"):
+        rows = np.flatnonzero(split.train.modality == modality)
+        wrong = rng.permutation(rows)[: math.ceil(rate * len(rows))]
+        shift = rng.integers(1, split.train.label.nunique(), len(wrong))
+        label[wrong] = (label[wrong] + shift) % split.train.label.nunique()
+    return replace(split, train=split.train.assign(label=label))
 
 # %% ../nbs/02_datasets.ipynb #40d28392
 _TABLE = """

@@ -26,6 +26,7 @@ class Recipe:
     height: int = 288  # pixels (C)
     width: int = 144  # pixels (C)
     epochs: int = 100  # (P)
+    length: int | None = None  # epochs of the schedule's full course; `epochs` if None
     identities: int = 8  # per batch (C)
     images: int = 4  # per identity and modality in a batch (C)
     replacement: bool = True  # whether an identity's images are drawn with it (C)
@@ -39,20 +40,21 @@ class Recipe:
     schedule: str = "step"  # "step" (P) or "cosine" (PMT)
     warmup: int = 10  # epochs of linear warm-up (C)
     drops: tuple[int, ...] = (20, 50)  # epochs at which the rate falls tenfold (P)
-    floor: float = 0.0  # of the warm-up and the cosine, times lr
+    floor: float = 0.0  # where the warm-up starts and the cosine ends, times lr
     erasing: float = 0.5  # probability that an image is erased (C)
     pad: int = 10  # pixels of zero padding before the crop (C)
     depth: int = 50  # of the ResNet (P)
+    size: str = "base"  # of the vision transformer, "base" or "tiny" (PMT)
     weights: str = "imagenet"  # what the backbone starts from (P)
     flip: bool = True  # whether a test feature averages the image and its mirror (C)
 
     def scaled(self, epochs: int) -> "Recipe":
-        """The same recipe squeezed into `epochs`: warm-up and drops move along."""
-        share = epochs / self.epochs
-        drops = tuple(max(1, round(drop * share)) for drop in self.drops)
-        return replace(
-            self, epochs=epochs, warmup=round(self.warmup * share), drops=drops
-        )
+        """The same recipe in `epochs`: they visit its schedule at even steps."""
+        return replace(self, epochs=epochs, length=self.length or self.epochs)
+
+    def moment(self, epoch: int) -> int:
+        """Where in the full schedule an epoch stands, both from 0."""
+        return epoch * (self.length or self.epochs) // self.epochs
 
 # %% ../nbs/14_method.ipynb #6a286d63
 POCKET = Recipe(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATUSES', 'SCHEMA', 'PACKAGES', 'OVER', 'run_status', 'check_record', 'fingerprint', 'code_revision',
-           'package_versions', 'machine', 'score_entry', 'run_id', 'new_record', 'write_record', 'read_record',
-           'keep_notebook']
+           'package_versions', 'machine', 'rounded', 'score_entry', 'run_id', 'new_record', 'write_record',
+           'read_record', 'keep_notebook']
 
 # %% ../nbs/22_records.ipynb #d66568e6
 import json
@@ -69,16 +69,18 @@ SCHEMA = {
     "type": "object",
     "required": [
         "schema", "id", "status", "reason", "parameters", "parameters_hash", "scores",
-        "code", "packages", "data", "machine", "command", "started", "fingerprint",
+        "history", "code", "packages", "data", "machine", "command", "started",
+        "fingerprint",
     ],  # fmt: skip
     "properties": {
-        "schema": {"const": 1},
+        "schema": {"const": 2},
         "id": _TEXT,
         "status": {"enum": [s for s in STATUSES if s not in ("paper", "not run")]},
         "reason": _TEXT,
         "parameters": {"type": "object"},
         "parameters_hash": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
         "scores": {"type": "object", "additionalProperties": _SCORE},
+        "history": {"type": "array", "items": {"type": "object"}},  # a row an epoch
         "code": {"type": "object", "required": ["revision", "dirty"]},
         "packages": {"type": "object", "additionalProperties": _TEXT},
         "data": {"type": "object", "required": ["hash", "protocol"]},
@@ -158,6 +160,11 @@ def _round(value: float | None) -> float | None:
     return None if value is None else round(value, 6)
 
 
+def rounded(rows: Iterable[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Rows of numbers in six significant digits, as a record holds them."""
+    return [{k: float(f"{v:.6g}") for k, v in row.items()} for row in rows]
+
+
 OVER = {"regdb": "splits", "sysu": "galleries", "llcm": "galleries"}
 
 
@@ -193,13 +200,14 @@ def new_record(
 ) -> dict[str, Any]:
     """The record of a run that has only begun: `failed`, until it is finished."""
     return {
-        "schema": 1,
+        "schema": 2,
         "id": run_id(parameters),
         "status": "failed",
         "reason": "did not finish",
         "parameters": dict(parameters),
         "parameters_hash": digest(dict(parameters)),
         "scores": {},
+        "history": [],
         "code": code_revision(),
         "packages": package_versions(),
         "data": dict(data),

@@ -29,7 +29,7 @@ from afen.core import (
     project_root,
     seed_everything,
 )
-from .datasets import NAMES, Split, load, summary
+from .datasets import NAMES, Split, load, summary, with_noise
 from afen.evaluation import (
     Scores,
     average,
@@ -42,6 +42,7 @@ from afen.records import (
     keep_notebook,
     machine,
     new_record,
+    rounded,
     run_id,
     run_status,
     score_entry,
@@ -57,6 +58,7 @@ WHICH = {
     "preset": Parameter(str, options=("auto", "paper", "pocket")),
     "trial": Parameter(int, low=1, high=10),
     "gallery": Parameter(str, options=("random", "official")),
+    "noise": Parameter(float, low=0.0, high=1.0),
     "seed": Parameter(int, low=0),
 }
 CHANGES = {
@@ -66,6 +68,7 @@ CHANGES = {
     "lr": Parameter(float, low=0.0, optional=True),
     "backbone_lr": Parameter(float, low=0.0, optional=True),
     "warmup": Parameter(int, low=0, optional=True),
+    "clip": Parameter(float, low=0.0, optional=True),
     "nesterov": Parameter(bool, optional=True),
     "erasing": Parameter(float, low=0.0, high=1.0, optional=True),
     "flip": Parameter(bool, optional=True),
@@ -132,6 +135,7 @@ def make_plan(given: Mapping[str, Any]) -> Plan:
     options = kind.defaults | named | p["options"]
     check_parameters(options, kind.switches)
     changed = [k for k in (*CHANGES, "steps") if p[k] is not None]
+    changed += ["noise"] if p["noise"] else []
     changed += [k for k, v in options.items() if v != kind.defaults[k]]
     plan = Plan(p, recipe, options, tuple(changed), Path())
     folder = p["out"] or project_root() / "runs" / run_id(plan.decides())
@@ -171,13 +175,14 @@ class Data:
 
 
 def open_data(plan: Plan) -> Data:
-    """Load the split and pack its images at the recipe's size.
+    """Load the split, make labels wrong if asked to, pack images at the recipe's size.
 
     Raises FileNotFoundError when the data are not there, ValueError when an image
     cannot be read; each says what to do.
     """
     p, size = plan.parameters, (plan.recipe.height, plan.recipe.width)
     split = load(p["dataset"], p["root"], p["trial"], p["gallery"], p["seed"])
+    split = with_noise(split, p["noise"], p["seed"])
     train, test = (pack(split.root, t.path, size) for t in (split.train, split.test))
     return Data(split, train, test, rendered="x0" in split.train)
 
@@ -274,6 +279,7 @@ def end_record(
         "status": status,
         "reason": "; ".join([*_why(plan, status), *run.warnings]),
         "scores": {s: _entry(s, each, split) for s, each in scores.items()},
+        "history": rounded(run.rows),
         "machine": machine(run.device, seconds, run.precision),
     }
     return write_record(record, plan.folder)

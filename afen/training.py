@@ -40,19 +40,21 @@ def lr_factor(
     epoch: int,  # from 0
 ) -> float:
     """The learning rate of an epoch as a share of the initial one."""
+    now, floor = recipe.moment(epoch), recipe.floor
     if recipe.schedule == "cosine":
-        return _cosine(recipe, epoch)
-    if epoch < recipe.warmup:
-        return (epoch + 1) / recipe.warmup
-    return 0.1 ** sum(drop <= epoch for drop in recipe.drops)
+        return _cosine(recipe, now)
+    if now < recipe.warmup:
+        from_floor = floor + (1 - floor) * now / recipe.warmup
+        return from_floor if floor else (now + 1) / recipe.warmup
+    return 0.1 ** sum(drop <= now for drop in recipe.drops)
 
 
 def _cosine(recipe: Recipe, epoch: int) -> float:
     """PMT's schedule, from epoch 1: linear from the floor, then a cosine to it."""
-    now, floor = epoch + 1, recipe.floor
+    now, floor, length = epoch + 1, recipe.floor, recipe.length or recipe.epochs
     if now < recipe.warmup:
         return floor + (1 - floor) * now / recipe.warmup
-    return floor + (1 - floor) * (1 + math.cos(math.pi * now / recipe.epochs)) / 2
+    return floor + (1 - floor) * (1 + math.cos(math.pi * now / length)) / 2
 
 # %% ../nbs/21_training.ipynb #479374c4
 def parameter_groups(method: Method) -> list[dict[str, Any]]:
@@ -184,7 +186,8 @@ def health(
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"The {name} loss became {value} in epoch {epoch}: lower the learning "
-                "rate (-p lr), or use -p precision float32."
+                "rate (-p lr), bound the gradient (-p clip 5), or use -p precision "
+                "float32."
             )
     if epoch < max(1, warmup):
         return []
@@ -421,7 +424,8 @@ def check_finite(features: np.ndarray) -> None:
     if not np.isfinite(features).all():
         raise FloatingPointError(
             "The trained network gives features that are not numbers: training "
-            "diverged, so lower the learning rate (-p lr) and train again."
+            "diverged, so lower the learning rate (-p lr) or bound the gradient "
+            "(-p clip 5), and train again."
         )
 
 # %% ../nbs/21_training.ipynb #232133e1

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..augment import channel_view, infrared_view, weak_view
+from ..core import Parameter
 from ..method import POCKET, Recipe
 from .agw import AGW
 
@@ -20,13 +21,20 @@ class CAJ(AGW):
     """CAJ: three views and the squared weighted triplet loss (released code)."""
 
     name, title = "caj", "CAJ"
-    defaults: ClassVar[dict[str, Any]] = AGW.defaults | {"metric_loss": "l_sq"}
+    switches: ClassVar[dict[str, Parameter]] = AGW.switches | {
+        "channel_enhancement": Parameter(bool)  # False: three plain views
+    }
+    defaults: ClassVar[dict[str, Any]] = AGW.defaults | {
+        "metric_loss": "l_sq",
+        "channel_enhancement": True,
+    }
     recipes: ClassVar[dict[str, Recipe]] = {"paper": Recipe(), "pocket": POCKET}
 
     def views(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Weak and channel views of the visible, one of the infrared, and labels."""
         keep = {"erasing": self.recipe.erasing, "pad": self.recipe.pad}
         weak = weak_view(batch.visible, batch.generator, **keep)
+        keep["channel_ops"] = self.options["channel_enhancement"]
         channel = channel_view(batch.visible, batch.generator, **keep)
         infrared = infrared_view(batch.infrared, batch.generator, **keep)
         visible, labels = torch.cat([weak, channel]), batch.visible_labels

@@ -85,6 +85,7 @@ class XModality(Method):
             lr=3.5e-4,
             backbone_lr=1.0,
             drops=(40, 70),
+            floor=0.01,
             flip=False,
         ),
         "pocket": replace(POCKET, flip=False),
