@@ -16,7 +16,7 @@ install: .venv/installed
 	@echo "Installing into .venv (once; about 6 GB with CUDA's libraries on Linux) ..."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -c constraints.txt -e '.[dev]'
+	  -c constraints.txt -e '.[dev,workflow]'
 	@touch $@
 
 demo: install  ## train and evaluate AFEN on rendered people, in minutes

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATUSES', 'SCHEMA', 'PACKAGES', 'OVER', 'run_status', 'check_record', 'fingerprint', 'code_revision',
            'package_versions', 'machine', 'rounded', 'score_entry', 'run_id', 'new_record', 'write_record',
-           'read_record', 'keep_notebook']
+           'read_record', 'records_folder', 'keep_record', 'load_records', 'scores_table', 'keep_notebook']
 
 # %% ../nbs/22_records.ipynb #d66568e6
 import json
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import pandas as pd
 import torch
 
 from .core import atomic_path, digest, papermill_command, project_root
@@ -235,6 +236,52 @@ def read_record(path: Path | str) -> dict[str, Any]:
         raise ValueError(f"Record {path} is not JSON: run it again.") from None
     check_record(record)
     return record
+
+# %% ../nbs/22_records.ipynb #5c099a91
+def records_folder() -> Path:
+    """Where the kept records are: `data/records` in the project."""
+    return project_root() / "data" / "records"
+
+
+def keep_record(
+    run: Path | str,  # a run's folder, with its record.json
+    folder: Path | str | None = None,  # where records are kept; data/records if None
+) -> Path:
+    """Copy a run's record to the kept ones, checked; returns the copy's path."""
+    record = read_record(Path(run) / "record.json")
+    path = Path(folder or records_folder()) / f"{record['id']}.json"
+    with atomic_path(path) as draft:
+        draft.write_bytes((Path(run) / "record.json").read_bytes())
+    return path
+
+
+def load_records(
+    folder: Path | str | None = None,  # data/records if None
+) -> list[dict[str, Any]]:
+    """All kept records, checked, in the order of their names."""
+    paths = sorted(Path(folder or records_folder()).glob("*.json"))
+    return [read_record(path) for path in paths]
+
+# %% ../nbs/22_records.ipynb #622c8c56
+def scores_table(
+    records: Iterable[Mapping[str, Any]],
+) -> pd.DataFrame:
+    """Columns id, dataset, method, preset, trial, seed, status, setting, metric, value,
+    std, n and over; a row a run, setting and metric. Values are fractions.
+    """
+    which = ("dataset", "method", "preset", "trial", "seed")
+    rows = [
+        {"id": record["id"]}
+        | {name: record["parameters"].get(name) for name in which}
+        | {"status": record["status"], "setting": setting, "metric": metric}
+        | {"value": value, "std": entry["std"].get(metric)}
+        | {"n": entry["n"], "over": entry["over"]}
+        for record in records
+        for setting, entry in record["scores"].items()
+        for metric, value in entry["mean"].items()
+    ]
+    columns = ["id", *which, "status", "setting", "metric", "value", "std", "n", "over"]
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../nbs/22_records.ipynb #13dd212c
 _KEEPER = """

@@ -163,3 +163,13 @@ def test_the_manual_lists_every_parameter():
 
     for name in PARAMETERS:
         assert f"  {name}: " in done.stdout, name
+
+
+def test_the_parameters_cell_holds_the_defaults():
+    from afen.runs import DEFAULTS
+
+    book = nbformat.read(ROOT / "nbs" / "train.ipynb", as_version=4)
+    cell = next(c for c in book.cells if "parameters" in c.metadata.get("tags", []))
+    found: dict = {}
+    exec("from typing import Optional\n" + cell.source, found)
+    assert {name: found[name] for name in DEFAULTS} == DEFAULTS
