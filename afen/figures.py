@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIDTH', 'COLOURS', 'RIGHT', 'WRONG', 'STYLE', 'SMOKE', 'CAPTIONS', 'style', 'is_smoke', 'save', 'loss_curves',
            'learning_rate', 'cmc_table', 'cmc_curve', 'distance_table', 'distance_histograms', 'ranked_table',
-           'ranked_lists']
+           'ranked_lists', 'seed_points']
 
 # %% ../nbs/24_figures.ipynb #d94e0887
 from collections.abc import Iterator, Mapping, Sequence
@@ -130,6 +130,8 @@ CAPTIONS = {
     "ranked_lists": "Each row: a query (left) and its nearest gallery images, nearest "
     "first. A solid blue frame and a check mark: the query's identity. A dashed orange "
     "frame and a cross: somebody else.",
+    "seed_points": "Each dot is the run of one seed, the line goes from the least to "
+    "the greatest, the thick tick is their mean. Rows without a dot were not run.",
 }
 
 # %% ../nbs/24_figures.ipynb #e4971874
@@ -326,3 +328,105 @@ def ranked_lists(
         for axes in cells[1 + len(images) :]:
             axes.set_axis_off()
     return _settle(figure)
+
+# %% ../nbs/24_figures.ipynb #af9fbb65
+def _places(table: pd.DataFrame) -> tuple[dict[tuple[str, str], int], dict[str, int]]:
+    """How far down each (group, label) stands, and each group's heading."""
+    groups = table["group"] if "group" in table else pd.Series("", table.index)
+    places, headings = {}, {}
+    for group, labels in table["label"].groupby(groups.fillna(""), sort=False):
+        if group:
+            headings[group] = len(places) + len(headings)
+        for label in labels.unique():
+            places[group, label] = len(places) + len(headings)
+    return places, headings
+
+# %% ../nbs/24_figures.ipynb #7b464eaa
+def _spread(axes: Axes, values: np.ndarray, y: int) -> None:
+    """One row: the line from least to greatest, the dots, the mean."""
+    values = values[~np.isnan(values)]
+    if len(values) == 0:
+        across = axes.get_yaxis_transform()  # x from 0 to 1 over the panel, y in rows
+        look = {"ha": "center", "va": "center", "size": 8, "style": "italic"}
+        axes.text(0.5, y, "not run", transform=across, color="0.4", **look)
+        return
+    plain = {"linestyle": "-", "marker": ""}
+    axes.plot([values.min(), values.max()], [y, y], color="0.6", lw=1.2, **plain)
+    axes.plot(values, np.full(len(values), y), "o", ms=4, mfc="none", color=COLOURS[0])
+    mean = values.mean()
+    axes.plot([mean, mean], [y - 0.36, y + 0.36], color="black", lw=2.2, **plain)
+
+# %% ../nbs/24_figures.ipynb #991df9a4
+@style()
+def seed_points(
+    table: pd.DataFrame,  # label, panel, seed, value [%], and perhaps group
+    smoke: bool = False,  # mark the figure: its data are rendered
+    columns: int = 3,  # panels side by side
+) -> Figure:
+    """Rows of labels, a panel each for the values of `panel`, both in the order given.
+
+    A missing value (NaN) is no dot; a row without one reads "not run". Labels of a
+    `group` stand together under its name. Raises ValueError when a column is missing,
+    there is no row, or a seed is there twice.
+    """
+    _check_points(table)
+    places, headings = _places(table)
+    panels = table["panel"].unique()
+    columns = min(columns, len(panels))
+    down = -(-len(panels) // columns)
+    lines = len(places) + len(headings)
+    figure = _figure(height=down * (0.2 * lines + 0.45) + 0.3, smoke=smoke)
+    grid = figure.subplots(down, columns, sharey=True, squeeze=False).flat
+    for axes, panel in zip(grid, panels):
+        _points_panel(axes, table[table["panel"] == panel], places)
+        axes.set_title(panel)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    _name_rows(grid[0], places, headings)
+    figure.supxlabel("per cent", size=10)
+    return _settle(figure)
+
+# %% ../nbs/24_figures.ipynb #6d3d737c
+def _check_points(table: pd.DataFrame) -> None:
+    """Refuse a table that `seed_points` cannot draw."""
+    needed = ["label", "panel", "seed", "value"]
+    if len(table) == 0 or not set(needed) <= set(table):
+        raise ValueError(
+            f"The points have {len(table)} rows with columns {', '.join(table)}: give "
+            f"at least one row with {', '.join(needed)}."
+        )
+    one = table[["group", *needed] if "group" in table else needed].dropna()
+    twice = one.drop(columns="value").duplicated()
+    if twice.any():
+        row = one[twice].iloc[0]
+        raise ValueError(
+            f"Seed {row.seed} of {row.label!r} is twice in panel {row.panel!r}: give "
+            "one value a seed."
+        )
+
+
+def _points_panel(
+    axes: Axes, table: pd.DataFrame, places: Mapping[tuple[str, str], int]
+) -> None:
+    """One panel: every row, with its values or without."""
+    groups = table["group"].fillna("") if "group" in table else ""
+    for (group, label), y in places.items():
+        here = (table["label"] == label) & (groups == group)
+        _spread(axes, table["value"][here].to_numpy(float), y)
+    axes.locator_params(axis="x", nbins=3, steps=[1, 2, 5, 10])
+    axes.margins(x=0.08)
+
+
+def _name_rows(
+    axes: Axes,
+    places: Mapping[tuple[str, str], int],
+    headings: Mapping[str, int],
+) -> None:
+    """Labels and bold headings down the left side, the first on top."""
+    names = {y: label for (_, label), y in places.items()}
+    names = dict(sorted((names | {y: group for group, y in headings.items()}).items()))
+    axes.set_yticks(list(names), list(names.values()))
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    for tick, y in zip(axes.get_yticklabels(), names):
+        tick.set_weight("bold" if y in headings.values() else "normal")

@@ -24,6 +24,7 @@ from afen.figures import (
     ranked_lists,
     ranked_table,
     save,
+    seed_points,
     style,
 )
 
@@ -43,6 +44,15 @@ DISTANCES = np.random.default_rng(0).random((12, 12))
 QUERIES = list(np.random.default_rng(1).integers(0, 255, (2, 16, 8, 3), np.uint8))
 LISTS = [QUERIES * 2, QUERIES]  # four images and two
 CORRECT = [[True, False, True, False], [False, True]]
+POINTS = pd.DataFrame(
+    [
+        (group, label, panel, seed, 50.0 + seed)
+        for group, label in (("one", "a"), ("one", "b"), ("two", "c"))
+        for panel in ("Rank-1", "mAP")
+        for seed in range(3)
+    ],
+    columns=["group", "label", "panel", "seed", "value"],
+)
 
 # name -> the figure, and the table saved with it
 DRAW = {
@@ -57,6 +67,7 @@ DRAW = {
         ranked_lists(QUERIES, LISTS, CORRECT, **o),
         ranked_table(CORRECT),
     ),
+    "seed_points": lambda **o: (seed_points(POINTS, **o), POINTS),
 }
 
 
@@ -178,6 +189,27 @@ def test_ranked_lists_tell_right_from_wrong_twice():
                 assert colour == mpl.colors.to_rgba(expected)
 
 
+def test_seeds_are_dots_about_their_mean():
+    points = POINTS.assign(value=POINTS.value.where(POINTS.label != "b"))
+    left, right = seed_points(points).axes
+    names = [tick.get_text() for tick in left.get_yticklabels()]
+    assert names == ["one", "a", "b", "two", "c"]
+    assert [left.get_title(), right.get_title()] == ["Rank-1", "mAP"]
+    line, dots, mean = left.get_lines()[:3]
+    assert list(line.get_xdata()) == [50, 52] and set(line.get_ydata()) == {1}
+    assert list(dots.get_xdata()) == [50, 51, 52] and set(mean.get_xdata()) == {51}
+    (missing,) = left.texts
+    assert missing.get_text() == "not run" and missing.get_position()[1] == 2
+
+
+def test_panels_that_do_not_fill_the_grid():
+    axes = seed_points(POINTS, columns=1).axes
+    assert len(axes) == 2
+    third = POINTS[POINTS.panel == "mAP"].assign(panel="mINP")
+    three = pd.concat([POINTS, third])
+    assert [a.axison for a in seed_points(three, columns=2).axes] == [True] * 3 + [False]
+
+
 REFUSALS = [
     ("no column 'loss'", lambda: loss_curves(METRICS.drop(columns="loss"))),
     ("no column 'lr'", lambda: learning_rate(METRICS.drop(columns="lr"))),
@@ -190,6 +222,9 @@ REFUSALS = [
     ("one list of images", lambda: ranked_lists(QUERIES, LISTS, CORRECT[:1])),
     ("one list of images", lambda: ranked_lists(QUERIES[:1], LISTS, CORRECT)),
     ("one list of images", lambda: ranked_lists([], [], [])),
+    ("0 rows", lambda: seed_points(POINTS.head(0))),
+    ("with label, panel, seed, value", lambda: seed_points(POINTS.drop(columns="seed"))),
+    ("Seed 0 of 'a' is twice", lambda: seed_points(POINTS.assign(seed=0))),
 ]
 
 
