@@ -20,7 +20,7 @@ NOTEBOOKS = sorted(
 ROOMS = [
     "core", "people", "datasets", "batches", "augment", "backbone", "mecs", "fem",
     "losses", "method", "methods", "evaluation", "training", "records", "figures",
-    "runs",
+    "runs", "grid",
 ]  # fmt: skip
 
 
