@@ -412,10 +412,10 @@ def pictures(folder: Path) -> list[Any]:
     """The loss curves and the ranked lists of a finished run, for a notebook's page."""
     history = pd.DataFrame(read_record(folder / "record.json")["history"])
     (path,) = (folder / "figures").glob("*ranked_lists.png")
-    lists = Image.open(path)
+    lists = Image.open(path).convert("RGB")
     lists.thumbnail((PAGE_WIDTH, 2 * PAGE_WIDTH))
-    return [figures.loss_curves(history, path.name.startswith("smoke_")), lists]
-
+    smoke = path.name.startswith("smoke_")
+    return [figures.loss_curves(history, smoke), lists.quantize(256)]
 
 # %% ../nbs/25_runs.ipynb #6e70fe11
 def report(notebook: Path | str) -> None:

@@ -42,7 +42,7 @@ class NonLocal(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Add to each position what all positions say about it."""
         g, theta, phi = (f(x).flatten(2) for f in (self.g, self.theta, self.phi))
-        # (theta phi) g in another order: no N x N matrix is built
+        # Eq. (1) as theta (phi g) instead of (theta phi) g: no N x N matrix is built
         y = phi @ g.transpose(1, 2)  # [B, width, width]
         y = (y.transpose(1, 2) @ theta) / g.shape[2]  # [B, width, N]
         return x + self.W(y.unflatten(2, x.shape[2:]))
