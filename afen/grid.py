@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['BOTH', 'METHODS', 'ROWS', 'FULL', 'CORE', 'LOSSES', 'POOLING', 'BRANCHES', 'PLACES', 'STRIPS', 'REDUCTION', 'JOINS',
-           'RECIPE', 'NONLOCAL', 'NOISE', 'GRID', 'STUDIES', 'PRESETS', 'IMAGES', 'Group', 'switched', 'Preset', 'Job',
-           'make_job', 'jobs', 'runs_of', 'job_lines', 'total_steps', 'step_seconds', 'step_work', 'step_cost', 'plan',
-           'plan_text', 'main']
+           'RECIPE', 'NONLOCAL', 'NOISE', 'GRID', 'STUDIES', 'PRESETS', 'IMAGES', 'METRICS', 'SETTINGS', 'COLUMNS',
+           'Group', 'switched', 'Preset', 'Job', 'make_job', 'jobs', 'runs_of', 'job_lines', 'total_steps',
+           'step_seconds', 'step_work', 'step_cost', 'plan', 'cost_text', 'plan_text', 'last_error', 'keep', 'results',
+           'differences', 'main']
 
 # %% ../nbs/26_grid.ipynb #58324ad7
 import argparse
@@ -191,6 +192,7 @@ class Preset:
 
     sets: Mapping[str, tuple[str, int]]  # layout -> data set, training splits
     seeds: tuple[int, ...]
+    studies: tuple[str, ...]  # what `make reproduce` runs
     parameters: Mapping[str, Any]  # for every run
 
 
@@ -198,9 +200,10 @@ PRESETS = {
     "pocket": Preset(
         {"regdb": ("pocket-regdb", 1), "sysu": ("pocket-sysu", 1)},
         (0, 1, 2),
+        STUDIES,
         {"precision": "bfloat16"},
     ),
-    "paper": Preset({"regdb": ("regdb", 10), "sysu": ("sysu", 1)}, (0,), {}),
+    "paper": Preset({"regdb": ("regdb", 10), "sysu": ("sysu", 1)}, (0,), ("rows",), {}),
 }
 
 # %% ../nbs/26_grid.ipynb #497eac61
@@ -253,14 +256,13 @@ def make_job(
 # %% ../nbs/26_grid.ipynb #55328391
 def jobs(
     preset: str = "pocket",
-    studies: Sequence[str] = STUDIES,
+    studies: Sequence[str] | None = None,  # the preset's if None
     seeds: Sequence[int] | None = None,  # the preset's if None
     common: Mapping[str, Any] | None = None,  # more parameters for every run
 ) -> list[Job]:
     """Every cell on every data set, split and seed, in the order of running."""
     chosen = PRESETS[nearest(preset, PRESETS, "preset")]
-    for study in studies:
-        nearest(study, STUDIES, "study")
+    studies = [nearest(s, STUDIES, "study") for s in studies or chosen.studies]
     parameters = dict(chosen.parameters) | dict(common or {})
     return [
         make_job(group, label, dataset, trial, seed, parameters)
@@ -364,32 +366,135 @@ def plan(
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
-def plan_text(table: pd.DataFrame) -> str:
-    """The plan as lines: each run that is to be made, the sum, and its basis."""
+def cost_text(row: Mapping[str, Any]) -> str:
+    """What a run of the plan costs, in words."""
+    if pd.isna(row["s/step"]):
+        return f"{row['steps']} steps, of unknown length"
+    minutes = row["steps"] * row["s/step"] / 60
+    each = f"{row['steps']} steps x {row['s/step']:.3g} s"
+    return f"{each} = {minutes:.1f} min ({row['basis']})"
+
+
+def plan_text(
+    table: pd.DataFrame,  # from `plan`
+    at_once: int = 1,  # runs at a time
+) -> str:
+    """The plan as lines: each run that is to be made, and the sum."""
     left = table[table.state == "to run"]
     lines = [
-        f"{name}  {row.group}: {row.label}\n    {row.steps} steps x "
-        f"{row['s/step']:.3g} s = {row.minutes:.1f} min ({row.basis})"
+        f"{name}  ({row.group}: {row.label})\n    {cost_text(row)}"
         for name, row in left.iterrows()
     ]
     kept = ", ".join(f"{n} {s}" for s, n in table.state.value_counts().items())
-    total = f"{len(table)} runs: {kept}. One after another: {left.minutes.sum() / 60:.1f} h"
-    basis = ", ".join(f"{n} {s}" for s, n in left.basis.value_counts().items())
-    return "\n".join([*lines, total + (f" ({basis})." if basis else ".")])
+    hours = left.minutes.sum() / 60
+    total = f"{len(table)} runs: {kept}. Left: {hours:.1f} h of runs"
+    return "\n".join([*lines, total + f", {hours / at_once:.1f} h with {at_once} at a time."])
 
 # %% ../nbs/26_grid.ipynb #97dfa271
+def last_error(notebook: Path | str) -> str:
+    """The first line of the error that ended an executed notebook; "" if none did."""
+    if not Path(notebook).exists():
+        return ""
+    outputs = [
+        output
+        for cell in nbformat.read(notebook, as_version=4).cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "error"
+    ]
+    return outputs[-1].evalue.split("\n")[0] if outputs else ""
+
+
+def keep(
+    name: str,  # of the run
+    runs: Path | str = "runs",  # where its folder and its notebook are
+    records: Path | str | None = None,  # data/records if None
+) -> Path:
+    """Keep the record of a run that has ended, well or not; returns its path.
+
+    Raises ValueError when the run never began.
+    """
+    folder, why = Path(runs) / name, last_error(Path(runs) / f"{name}.ipynb")
+    if not (folder / "record.json").exists():
+        raise ValueError(f"Run {name} did not begin: {why or 'see its log'}")
+    record = read_record(folder / "record.json")
+    if record["status"] == "failed" and why:
+        write_record(record | {"reason": why}, folder)
+    return keep_record(folder, records)
+
+# %% ../nbs/26_grid.ipynb #617d2bac
+METRICS = ("rank1", "rank10", "rank20", "mAP", "mINP")
+SETTINGS = {"regdb": tuple(DIRECTIONS), "sysu": tuple(SYSU_SETTINGS)}
+COLUMNS = [
+    "group", "label", "trial", "seed", "id", "status", "setting", "metric", "value",
+]  # fmt: skip
+
+
+def results(
+    study: str,
+    dataset: str,  # "pocket-regdb", "sysu", ...
+    records: Iterable[Mapping[str, Any]] | None = None,  # the kept ones if None
+    seeds: Sequence[int] | None = None,  # the preset's if None
+) -> pd.DataFrame:
+    """A row for each cell, split, seed, setting and metric of a study; see COLUMNS.
+
+    Values are fractions, NaN where the status is "not run" or "failed".
+    """
+    preset = "pocket" if dataset.startswith("pocket-") else "paper"
+    kept = load_records() if records is None else records
+    found = {record["id"]: record for record in kept}
+    rows = [
+        (*about, setting, metric, score.get("mean", {}).get(metric))
+        for job in jobs(preset, [study], seeds)
+        if job.dataset == dataset
+        for about, scores in [_about(job, found.get(job.id))]
+        for setting in SETTINGS[dataset.removeprefix("pocket-")]
+        for score in [scores.get(setting, {})]
+        for metric in METRICS
+    ]
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"value": float})
+
+
+def _about(job: Job, record: Mapping[str, Any] | None) -> tuple[tuple, Mapping]:
+    """A job's columns, and its scores if it has any."""
+    status = record["status"] if record else "not run"
+    about = (job.group.name, job.label, job.trial, job.seed, job.id, status)
+    return about, record["scores"] if record else {}
+
+# %% ../nbs/26_grid.ipynb #61b5ae93
+def differences(
+    table: pd.DataFrame,  # from `results`
+) -> pd.DataFrame:
+    """`results` with `difference`: value minus that of the group's reference.
+
+    It pairs split, seed, setting and metric; NaN where one of the two is missing.
+    """
+    reference = {group.name: group.reference for group in GRID}
+    base = table[table.label == table.group.map(reference)]
+    keys = ["group", "trial", "seed", "setting", "metric"]
+    base = base[[*keys, "value"]].rename(columns={"value": "base"})
+    paired = table.merge(base, on=keys, how="left", validate="many_to_one")
+    return paired.assign(difference=paired.value - paired.base).drop(columns="base")
+
+# %% ../nbs/26_grid.ipynb #6c83f8d9
 def main(words: Sequence[str] | None = None) -> None:
-    """`python -m afen.grid jobs` or `plan`: see `--help`."""
+    """List the runs that are to be made, or their cost, or keep the record of one."""
     parser = argparse.ArgumentParser(prog="python -m afen.grid", description=main.__doc__)
-    parser.add_argument("what", choices=("jobs", "plan"))
-    parser.add_argument("--preset", default="pocket", choices=list(PRESETS))
-    parser.add_argument("--study", nargs="*", default=list(STUDIES), choices=STUDIES)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb, about in (("jobs", "a line a run"), ("plan", "a run and its cost")):
+        listing = verbs.add_parser(verb, help=about)
+        listing.add_argument("--preset", default="pocket", choices=list(PRESETS))
+        listing.add_argument("--study", nargs="+", choices=STUDIES)
+    keeping = verbs.add_parser("keep", help="keep the record of a run that has ended")
+    keeping.add_argument("name", help="the run's folder in runs/")
+    keeping.add_argument("--records", help="where records are kept, if not data/records")
     given = parser.parse_args(words)
+    if given.verb == "keep":
+        keep(given.name, records=given.records)
+        return
     chosen, records = jobs(given.preset, given.study), load_records()
-    if given.what == "plan":
-        print(plan_text(plan(chosen, records)))
-    else:
-        print("\n".join(job_lines(chosen, [record["id"] for record in records])))
+    done = [record["id"] for record in records]
+    by_verb = {"jobs": job_lines(chosen, done), "plan": [plan_text(plan(chosen, records))]}
+    print("\n".join(by_verb[given.verb]))
 
 # %% ../nbs/26_grid.ipynb #6c0a380d
 if __name__ == "__main__" and "__file__" in globals():  # not in the notebook
