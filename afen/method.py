@@ -82,6 +82,8 @@ class Method(nn.Module):
     switches: ClassVar[dict[str, Parameter]] = {}  # what `options` may set
     defaults: ClassVar[dict[str, Any]] = {}  # and what it is otherwise
     recipes: ClassVar[dict[str, Recipe]] = {}  # by preset
+    needs_joints: ClassVar[bool] = False  # whether training reads a batch's joints
+    draws: ClassVar[int] = 1  # the sampler's batches in one step
 
     def __init__(
         self,
@@ -102,7 +104,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def begin_epoch(self, epoch: int, sweep: Iterable[Any]) -> None:
-        """Called before each epoch; `sweep` yields the whole training set once."""
+        """Called before each epoch; `sweep` yields batches of all training images."""
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that learn at the full rate; all others at `backbone_lr`."""
