@@ -39,6 +39,7 @@ from afen.evaluation import (
     evaluate_trials,
     summarise,
 )
+from .joints import with_joints
 from .method import Method, Recipe, create, method_class, names
 from afen.records import (
     keep_notebook,
@@ -187,14 +188,18 @@ class Data:
 def open_data(plan: Plan) -> Data:
     """Load the split, make labels wrong if asked to, pack images at the recipe's size.
 
-    Raises FileNotFoundError when the data are not there, ValueError when an image
+    Joints are found where the method needs them and the data have none. Raises
+    FileNotFoundError when data or detector are not there, ValueError when an image
     cannot be read; each says what to do.
     """
     p, size = plan.parameters, (plan.recipe.height, plan.recipe.width)
     split = load(p["dataset"], p["root"], p["trial"], p["gallery"], p["seed"])
+    rendered = "x0" in split.train
     split = with_noise(split, p["noise"], p["seed"])
     train, test = (pack(split.root, t.path, size) for t in (split.train, split.test))
-    return Data(split, train, test, rendered="x0" in split.train)
+    if method_class(p["method"]).needs_joints:
+        split = with_joints(split, train, pick_device(p["device"]))
+    return Data(split, train, test, rendered)
 
 # %% ../nbs/25_runs.ipynb #f75d3d22
 def start(plan: Plan, data: Data) -> Run:
@@ -414,8 +419,7 @@ def pictures(folder: Path) -> list[Any]:
     (path,) = (folder / "figures").glob("*ranked_lists.png")
     lists = Image.open(path).convert("RGB")
     lists.thumbnail((PAGE_WIDTH, 2 * PAGE_WIDTH))
-    smoke = path.name.startswith("smoke_")
-    return [figures.loss_curves(history, smoke), lists.quantize(256)]
+    return [figures.loss_curves(history, path.name.startswith("smoke_")), lists]
 
 # %% ../nbs/25_runs.ipynb #6e70fe11
 def report(notebook: Path | str) -> None:
