@@ -16,11 +16,11 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -337,7 +337,7 @@ class IdentitySampler:
 
     A batch is P identities without replacement and, for each, K visible and K infrared
     rows; row k of both halves has the same label. Raises ValueError when an identity
-    lacks images, or when there are fewer than P identities.
+    lacks images, unless `lenient`, or when there are fewer than P identities.
     """
 
     def __init__(
@@ -348,16 +348,22 @@ class IdentitySampler:
         n_images: int = 4,  # K, of each modality
         seed: int = 0,
         replacement: bool = True,  # False as PMT: the K rows of an identity differ
+        draws: int = 1,  # batches that a step holds, one after the other (DART: 2)
+        lenient: bool = False,  # leave out identities with fewer than K images (DART)
     ) -> None:
         self.labels, order = np.unique(np.asarray(labels), return_inverse=True)
         self.n_identities, self.n_images, self.seed = n_identities, n_images, seed
         self.draw_rows = draw_rows if replacement else draw_distinct_rows
+        self.draws = draws
         modality = np.asarray(modality, dtype=str)
         self.own = {
             name: stretches(order, modality == name, len(self.labels))
             for name in ("visible", "infrared")
         }
-        check_sampler(self, modality, 1 if replacement else n_images)
+        least = 1 if replacement and not lenient else n_images
+        enough = np.min([own.counts for own in self.own.values()], axis=0) >= least
+        self.able = np.flatnonzero(enough | (not lenient))  # positions of labels
+        check_sampler(self, modality, least)
 
     def __len__(self) -> int:
         """Batches in an epoch, Eq. (1)."""
@@ -365,18 +371,22 @@ class IdentitySampler:
         return larger // (self.n_identities * self.n_images) + 1
 
     def draw(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Visible and infrared rows of one batch: two int arrays [P * K]."""
+        """Visible and infrared rows of a step: two int arrays [draws * P * K]."""
         rng = keyed_rng("sampler", self.seed, epoch, step)
-        chosen = rng.permutation(len(self.labels))[: self.n_identities]
-        visible, infrared = (
-            self.draw_rows(own, chosen, self.n_images, rng) for own in self.own.values()
-        )
+        drawn = [self._one_batch(rng) for _ in range(self.draws)]
+        visible, infrared = map(np.concatenate, zip(*drawn))
         return visible, infrared
+
+    def _one_batch(self, rng: np.random.Generator) -> list[np.ndarray]:
+        """Visible and infrared rows of the next batch, [P * K] each."""
+        chosen = self.able[rng.permutation(len(self.able))[: self.n_identities]]
+        halves = self.own.values()
+        return [self.draw_rows(own, chosen, self.n_images, rng) for own in halves]
 
     def epoch(
         self, epoch: int, start: int = 0
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The batches of an epoch from step `start` on, each as `draw` gives it."""
+        """The rows of an epoch's steps from `start` on, each as `draw` gives them."""
         return (self.draw(epoch, step) for step in range(start, len(self)))
 
 # %% ../nbs/03_batches.ipynb #0921ea74
@@ -388,16 +398,17 @@ def check_sampler(
     """Raise ValueError if the rows cannot fill a batch."""
     for name in np.unique(modality):
         nearest(str(name), sampler.own, "modality")
-    if len(sampler.labels) < sampler.n_identities:
+    if len(sampler.able) < sampler.n_identities:
         raise ValueError(
             f"A batch needs {sampler.n_identities} identities and the training table "
-            f"has {len(sampler.labels)}: lower n_identities or add identities."
+            f"has {len(sampler.able)}: lower n_identities or add identities."
         )
     for name, own in sampler.own.items():
-        if own.counts.min() < least:
-            label = sampler.labels[own.counts.argmin()]
+        counts = own.counts[sampler.able]
+        if counts.min() < least:
+            label = sampler.labels[sampler.able[counts.argmin()]]
             raise ValueError(
-                f"Label {label} has {own.counts.min()} {name} images and needs {least} "
+                f"Label {label} has {counts.min()} {name} images and needs {least} "
                 "or more in each modality: drop it from the training table."
             )
 
@@ -415,6 +426,18 @@ class Batch:
     visible_joints: Tensor | None  # float [B, 17, 3]: x, y in packed pixels, visibility
     infrared_joints: Tensor | None  # float [B, 17, 3]
     generator: torch.Generator  # on the CPU, for this step's augmentation
+
+    def parts(self, n: int) -> list["Batch"]:
+        """The n batches that a step holds, in the sampler's order; one generator."""
+        size = len(self.visible) // n
+
+        def cut(value: Any, start: int) -> Any:
+            whole = value is None or isinstance(value, torch.Generator)
+            return value if whole else value[start : start + size]
+
+        columns = [getattr(self, field.name) for field in fields(self)]
+        starts = range(0, n * size, size)
+        return [Batch(*(cut(value, start) for value in columns)) for start in starts]
 
 # %% ../nbs/03_batches.ipynb #c1f45941
 JOINT_COLUMNS = [f"{axis}{joint}" for joint in range(17) for axis in "xyv"]

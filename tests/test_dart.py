@@ -1,0 +1,351 @@
+"""DART: the mixture, confidences swapped, networks apart, noise, and resuming."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.mixture import GaussianMixture
+
+from afen.batches import Batch, pack
+from afen.core import seed_everything, torch_generator
+from afen.datasets import load, with_noise
+from afen.losses import adaptive_quadruplet, identity_loss, soft_identity_loss
+from afen.method import Recipe, create
+from afen.methods.dart import DART, clean_probability, confidences, network_losses
+from afen.people import write_tree
+from afen.training import (
+    Run,
+    embed,
+    load_checkpoint,
+    make_optimiser,
+    make_sampler,
+    parameter_groups,
+    save_checkpoint,
+    train_step,
+)
+
+SMALL = Recipe(
+    height=32, width=16, depth=18, weights="none", pad=2, lr=0.01, warmup=0,
+    identities=3, images=2, epochs=3, flip=False,
+)  # fmt: skip
+LABELS = torch.arange(3).repeat_interleave(2)
+ROWS = np.arange(6)
+
+
+def noise_batch(step: int, draws: int = 2) -> Batch:
+    """Rows 0 to 5 visible, 6 to 11 infrared, of three identities, `draws` times."""
+    generator = torch_generator("test_dart", step)
+    shape = (2, 6 * draws, 3, SMALL.height, SMALL.width)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    labels, rows = LABELS.repeat(draws), np.tile(ROWS, draws)
+    return Batch(*images, labels, labels, rows, rows + 6, None, None, generator)
+
+
+def half(batch: Batch, index: int) -> Batch:
+    """The part of a network, with a generator of its own at a known state."""
+    return replace(batch.parts(2)[index], generator=torch_generator("half", index))
+
+
+@pytest.fixture
+def method() -> DART:
+    """A small untrained DART in training mode, with confidences of its own making."""
+    seed_everything(0)
+    method = create("dart", 3, SMALL).train()
+    method.confidence = torch.rand(2, 3, 12, generator=torch_generator("trust"))
+    return method
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A small rendered set: the split, and where packed images go."""
+    folder = tmp_path_factory.mktemp("dart")
+    size = {"n_train": 6, "n_test": 4, "n_images": 3, "size": (32, 16)}
+    return load("regdb", write_tree("regdb", folder / "tree", **size)), folder
+
+
+def start(tree, rate: float, folder=None, resume: bool = False, **changes) -> Run:
+    """A run on the tree with some labels made wrong."""
+    split, cache = tree
+    train = with_noise(split, rate, seed=4).train
+    packed = pack(split.root, train.path, (SMALL.height, SMALL.width), cache)
+    seed_everything(0)
+    method = create("dart", train.identity.nunique(), replace(SMALL, **changes))
+    return Run(
+        method, train, packed, seed=1, precision="float32", steps=1, folder=folder,
+        resume=resume,
+    )  # fmt: skip
+
+
+# --- how sure a label is ------------------------------------------------------------
+
+
+def test_the_mixture_finds_the_lower_component():
+    rng = np.random.default_rng(0)
+    low, high = rng.normal(0.1, 0.04, 300), rng.normal(0.7, 0.1, 100)
+    for losses in (np.r_[low, high], np.r_[high, low]):  # whichever comes first
+        found = clean_probability(losses.clip(0, 1), seed=0)
+        assert found.shape == (400,) and ((found >= 0) & (found <= 1)).all()
+        assert ((found > 0.5) == (losses < 0.4)).mean() > 0.98
+
+
+def test_the_posterior_is_that_of_two_normal_densities():
+    rng = np.random.default_rng(1)
+    losses = np.r_[rng.normal(0.2, 0.05, 200), rng.normal(0.8, 0.1, 100)]
+    fitted = GaussianMixture(2, tol=1e-2, reg_covar=5e-4, random_state=3)
+    fitted.fit(losses[:, None])
+    mean, variance = fitted.means_[:, 0], fitted.covariances_[:, 0, 0]
+    density = fitted.weights_ / np.sqrt(variance) * np.exp(
+        -((losses[:, None] - mean) ** 2) / (2 * variance)
+    )
+    expected = density[:, mean.argmin()] / density.sum(1)
+    assert np.allclose(clean_probability(losses, 3), expected)
+
+
+def test_views_are_scaled_apart_and_modalities_fitted_apart():
+    rng = np.random.default_rng(2)
+    losses = np.full((3, 90), np.nan)
+    losses[:2, :60] = rng.normal(1, 0.1, (2, 60)) + 4 * (np.arange(60) >= 40)
+    losses[2, 60:] = rng.normal(1, 0.1, 30) + 4 * (np.arange(30) >= 20)
+    found = confidences(losses, 0)
+    assert (found[:2, 60:] == 0).all() and (found[2, :60] == 0).all()
+    assert (found[:2, :40] > 0.9).all() and (found[:2, 40:60] < 0.1).all()
+    stretched = losses * [[1], [7], [1]] + [[0], [3], [0]]
+    assert np.allclose(confidences(stretched, 0), found)
+    other = losses.copy()
+    other[2] = other[2, ::-1][np.r_[30:90, 0:30]]  # other infrared losses
+    assert np.array_equal(confidences(other, 0)[:2], found[:2])
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_equal_losses_are_no_reason_to_stop():
+    found = confidences(np.ones((3, 8)), 0)
+    assert np.isfinite(found).all()
+
+
+def test_judging_is_of_every_row_and_needs_no_gradient(method):
+    before = method.networks[0].head.neck.running_mean.clone()
+    method.eval()
+    method.begin_epoch(1, (noise_batch(step, draws=1) for step in range(2)))
+    assert method.training and method.confidence.shape == (2, 3, 12)
+    assert not method.confidence.requires_grad
+    assert not torch.equal(method.confidence[0], method.confidence[1])
+    assert not torch.equal(before, method.networks[0].head.neck.running_mean)
+    assert (method.confidence[:, :2, 6:] == 0).all()
+    assert (method.confidence[:, 2, :6] == 0).all()
+    assert all(p.grad is None for p in method.parameters())
+
+
+def test_the_warm_up_judges_nothing(method):
+    held = method.confidence.clone()
+    method.begin_epoch(0, iter(()))
+    assert torch.equal(method.confidence, held)
+    losses = method.losses(noise_batch(0), 0)
+    assert losses["quadruplet_a"] == losses["quadruplet_b"] == 0
+    for index, name in enumerate("ab"):
+        parts, network = noise_batch(0).parts(2), method.networks[index]
+        if index:  # the first network draws its views before
+            method.networks[0].views(parts[0])
+        visible, infrared, labels = network.views(parts[index])
+        _, _, logits = network.head(network.net(visible, infrared))
+        assert torch.equal(losses[f"identity_{name}"], identity_loss(logits, labels))
+
+
+# --- two networks -------------------------------------------------------------------
+
+
+def test_trust_follows_rows_and_views(method):
+    part = noise_batch(0).parts(2)[1]
+    part.visible_rows, part.infrared_rows = ROWS[::-1].copy(), ROWS + 6
+    told = method.trust(1, part)
+    own = method.confidence[1]
+    expected = torch.cat([own[0, :6].flip(0), own[1, :6].flip(0), own[2, 6:]])
+    assert torch.equal(told, expected)
+
+
+def test_each_network_learns_by_the_others_word(method):
+    def losses() -> dict[str, torch.Tensor]:
+        return method.losses(noise_batch(0), 1)
+
+    before, judged = losses(), method.confidence.clone()
+    for judge, taught, untaught in ((0, "b", "a"), (1, "a", "b")):
+        method.confidence = judged.clone()
+        method.confidence[judge] = 1 - judged[judge]
+        after = losses()
+        for kind in ("identity", "quadruplet"):
+            assert after[f"{kind}_{untaught}"] == before[f"{kind}_{untaught}"]
+        assert after[f"identity_{taught}"] != before[f"identity_{taught}"]
+
+
+def test_losses_are_those_of_the_losses_room(method):
+    batch = half(noise_batch(0), 0)
+    trust, network = method.trust(1, batch), method.networks[0]
+    found = network_losses(network, batch, trust)
+    again = half(noise_batch(0), 0)
+    visible, infrared, labels = network.views(again)
+    pooled, _, logits = network.head(network.net(visible, infrared))
+    assert torch.equal(found[0], soft_identity_loss(logits, labels, trust))
+    guesses = logits.argmax(1)
+    expected = adaptive_quadruplet(pooled, labels, trust, guesses, again.generator)
+    assert torch.equal(found[1], expected)
+
+
+@pytest.mark.parametrize("index, name", [(0, "a"), (1, "b")])
+def test_a_loss_touches_its_own_network_only(method, index, name):
+    losses = method.losses(noise_batch(0), 1)
+    (losses[f"identity_{name}"] + losses[f"quadruplet_{name}"]).backward()
+    own, other = method.networks[index], method.networks[1 - index]
+    assert all(p.grad is None for p in other.parameters())
+    assert all(p.grad is not None for p in own.parameters() if p.requires_grad)
+
+
+def test_the_networks_see_different_batches_and_start_apart(method):
+    mine, other = (method.networks[i].head.classifier.weight for i in (0, 1))
+    assert not torch.equal(mine, other)
+    before = method.losses(noise_batch(0), 0)
+    batch = noise_batch(0)
+    batch.visible[6:] = 0  # the second draw
+    after = method.losses(batch, 0)
+    assert after["identity_a"] == before["identity_a"]
+    assert after["identity_b"] != before["identity_b"]
+
+
+def test_one_optimiser_is_as_good_as_two(method):
+    twin = create("dart", 3, SMALL).train()
+    twin.load_state_dict(method.state_dict())
+    together = make_optimiser(method)
+    apart = [make_optimiser(network) for network in twin.networks]
+    for step in range(2):
+        train_step(method, together, noise_batch(step), 1, "float32")
+        losses = twin.losses(noise_batch(step), 1)
+        for optimiser, name in zip(apart, "ab"):
+            optimiser.zero_grad()
+            (losses[f"identity_{name}"] + losses[f"quadruplet_{name}"]).backward()
+            optimiser.step()
+    for ours, theirs in zip(method.parameters(), twin.parameters()):
+        assert torch.equal(ours, theirs)
+
+
+def test_head_group_holds_both_necks_and_classifiers(method):
+    full, _ = (set(map(id, g["params"])) for g in parameter_groups(method))
+    heads = [network.head for network in method.networks]
+    assert full == {id(h.neck.weight) for h in heads} | {
+        id(h.classifier.weight) for h in heads
+    }
+
+
+@pytest.mark.parametrize("modality", ["visible", "infrared"])
+def test_embed_is_the_mean_of_two_unit_features(method, modality):
+    images = noise_batch(0).visible
+    with torch.no_grad():
+        found = method.eval().embed(images, modality)
+        own = [network.embed(images, modality) for network in method.networks]
+    assert torch.allclose(found.norm(dim=1), torch.ones(12))
+    mean = (own[0] + own[1]) / 2
+    assert torch.allclose(found * mean.norm(dim=1, keepdim=True), mean, atol=1e-6)
+    assert not torch.allclose(own[0], own[1], atol=1e-2)
+
+
+# --- states, noise and the loop -----------------------------------------------------
+
+
+def test_a_checkpoint_carries_the_confidences(method, tmp_path):
+    save_checkpoint(tmp_path / "c.pt", key="k", method=method.state_dict())
+    twin = create("dart", 3, SMALL).train()
+    assert twin.confidence.shape == (2, 3, 0)
+    twin.load_state_dict(load_checkpoint(tmp_path / "c.pt", "k")["method"])
+    assert torch.equal(twin.confidence, method.confidence)
+    ours, theirs = (m.losses(noise_batch(0), 1) for m in (method, twin))
+    assert ours == theirs
+
+
+def test_noise_is_reproducible_by_seed(tree):
+    split, _ = tree
+    first, again, other = (with_noise(split, 0.5, seed) for seed in (1, 1, 2))
+    assert first.train.equals(again.train) and not first.train.equals(other.train)
+    wrong = first.train[first.train.label != split.train.label]
+    counts, total = (t.modality.value_counts() for t in (wrong, split.train))
+    assert (counts == np.ceil(0.5 * total)).all()
+    assert first.train.identity.equals(split.train.identity)
+
+
+def test_identities_short_of_images_are_left_out_only_under_noise(tree):
+    split, _ = tree
+    table = with_noise(split, 0.5, seed=4).train
+    sampler = make_sampler(table, SMALL, seed=0, draws=2)
+    counts = table.groupby(["label", "modality"]).size().unstack(fill_value=0)
+    enough = counts.index[(counts >= SMALL.images).all(axis=1)]
+    assert 3 <= len(enough) < len(counts)  # else this seed tests nothing
+    assert set(sampler.labels[sampler.able]) == set(enough)
+    for step in range(50):
+        for rows in sampler.draw(0, step):
+            assert set(table.label.to_numpy()[rows]) <= set(enough)
+    clean = make_sampler(split.train, SMALL, seed=0)
+    assert len(clean.able) == split.train.label.nunique()
+    lacking = split.train[(split.train.label > 0) | (split.train.modality == "visible")]
+    with pytest.raises(ValueError, match="Label 0 has 0 infrared images"):
+        make_sampler(lacking, SMALL, seed=0)
+
+
+def test_the_sweep_shows_every_image_in_full_batches(tree):
+    run = start(tree, 0.5)
+    run.table = run.table.iloc[:-7]  # fewer infrared than visible images
+    assert run.table.modality.value_counts().to_list() == [18, 11]
+    batches, again = list(run.sweep(1)), list(run.sweep(1))
+    assert len(batches) == 3
+    for batch, twin in zip(batches, again):
+        assert len(batch.visible) == len(batch.infrared) == 6
+        assert torch.equal(batch.visible, twin.visible)
+    rows = np.concatenate([np.r_[b.visible_rows, b.infrared_rows] for b in batches])
+    assert set(rows) == set(range(29))
+    other = next(run.sweep(2))
+    assert not np.array_equal(other.visible_rows, batches[0].visible_rows)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_noisy_run_through_the_loop(tree, precision):
+    run = start(tree, 0.5)
+    run.precision = precision
+    metrics = run.fit(progress=False)
+    names = ["identity_a", "quadruplet_a", "identity_b", "quadruplet_b"]
+    assert np.isfinite(metrics[names]).all(axis=None)
+    assert (metrics.quadruplet_a > 0).tolist() == [False, True, True]
+    assert np.allclose(metrics[names].sum(axis=1), metrics.loss)
+    assert run.method.confidence.shape == (2, 3, len(run.table))
+    features = embed(run.method, run.packed, run.table.modality, flip=False)
+    assert np.allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
+
+
+def test_a_stopped_run_goes_on_and_ends_the_same(tree, tmp_path):
+    whole = start(tree, 0.5, tmp_path / "whole")
+    metrics = whole.fit(progress=False)
+    for epochs in (1, 2, 3):  # killed after each epoch
+        again = start(tree, 0.5, tmp_path / "killed", resume=True)
+        begin = again.method.begin_epoch
+
+        def begin_epoch(epoch, sweep, last=epochs, begin=begin):
+            if epoch == last:
+                raise KeyboardInterrupt
+            begin(epoch, sweep)
+
+        again.method.begin_epoch = begin_epoch
+        try:
+            again.fit(progress=False)
+        except KeyboardInterrupt:
+            pass
+        assert again.epoch == epochs
+    ours, theirs = (run.method.state_dict() for run in (whole, again))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    drop = ["seconds"]
+    resumed = pd.DataFrame(again.rows)
+    assert metrics.drop(columns=drop).equals(resumed.drop(columns=drop))
+
+
+def test_recipes_and_refusals():
+    paper, pocket = DART.recipes["paper"], DART.recipes["pocket"]
+    assert paper == replace(Recipe(), flip=False)
+    assert paper.epochs == 100 and not pocket.flip
+    with pytest.raises(ValueError, match="Unknown parameter 'stable'"):
+        create("dart", 3, SMALL, stable=True)
