@@ -1,0 +1,149 @@
+"""The logs of decisions and errata: complete, cited rightly, linked, and in step."""
+
+import ast
+import json
+import re
+import tomllib
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+LOGS = {"decisions": "decision", "errata": "erratum"}
+ID = r"[MFLPTE]\d{1,2}"
+
+
+def entries(name: str) -> list[dict]:
+    return tomllib.loads((NBS / f"{name}.toml").read_text())[LOGS[name]]
+
+
+def cells(path: Path, kind: str | None = None) -> list[dict]:
+    book = json.loads(path.read_text())
+    return [c for c in book["cells"] if kind in (None, c["cell_type"])]
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def headings(path: Path) -> set[str]:
+    text = "\n".join(source(c) for c in cells(path, "markdown"))
+    return set(re.findall(r"^#+ (.+?)\s*$", text, re.M))
+
+
+def cited(text: str) -> set[str]:
+    """Ids in brackets, "(M11, M12)", behind the word, "decision L5", or as "F1 to F12"."""
+    found = set()
+    for a, b, c in re.findall(r"\b([MFLPTE])(\d{1,2}) to (?:\1)(\d{1,2})\b", text):
+        found |= {f"{a}{n}" for n in range(int(b), int(c) + 1)}
+    for group in re.findall(rf"\(({ID}(?:(?:, | and ){ID})*)\)", text):
+        found |= set(re.findall(ID, group))
+    return found | set(re.findall(rf"decision ({ID})\b", text))
+
+
+KNOWN = {entry["id"] for name in LOGS for entry in entries(name)}
+
+
+def test_ids_run_from_one_without_a_gap():
+    assert {i[0] for i in KNOWN} == set("MFLPTE")
+    for letter, least in {"M": 13, "F": 13, "L": 9, "P": 1, "T": 1, "E": 22}.items():
+        numbers = sorted(int(i[1:]) for i in KNOWN if i[0] == letter)
+        assert numbers == [*range(1, len(numbers) + 1)] and len(numbers) >= least, letter
+
+
+def test_citations_are_found_in_each_of_their_forms():
+    text = "**Ours (M11, M12).** (decision L5) E16 to E18; see (T1 and T2), not (a) or F1"
+    assert cited(text) == {"M11", "M12", "L5", "E16", "E17", "E18", "T1", "T2"}
+
+
+def test_every_citation_is_in_a_log():
+    books = [p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts]
+    texts = {p: "\n".join(map(source, cells(p))) for p in [*books]}
+    texts |= {p: p.read_text() for p in (ROOT / "afen").rglob("*.py")}
+    texts |= {NBS / f"{name}.toml": (NBS / f"{name}.toml").read_text() for name in LOGS}
+    found = {path: cited(text) for path, text in texts.items()}
+    assert len(set().union(*found.values())) > 40
+    lost = {str(p): sorted(ids - KNOWN) for p, ids in found.items() if ids - KNOWN}
+    assert not lost, lost
+
+
+def test_every_decision_leads_to_a_heading():
+    for entry in entries("decisions"):
+        notebook, heading = entry["see"]
+        assert heading in headings(NBS / notebook), entry["id"]
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_links_lead_somewhere(name):
+    text = "\n".join(source(c) for c in cells(NBS / f"{name}.ipynb", "markdown"))
+    text += "".join(committed(name))
+    links = re.findall(r"\]\(([^)#]+\.ipynb)?(?:#([^)]*))?\)", text)
+    assert links
+    for notebook, anchor in links:
+        known = {h.replace(" ", "-") for h in headings(NBS / (notebook or f"{name}.ipynb"))}
+        assert not anchor or unquote(anchor) in known, (notebook, anchor)
+
+
+def test_every_computed_erratum_has_a_place_in_the_notebook():
+    text = "\n".join(source(c) for c in cells(NBS / "errata.ipynb", "markdown"))
+    heads = "\n".join(re.findall(r"^#+ .+|\*\*E\d.+?\*\*", text, re.M))
+    spread = cited(heads) | set(re.findall(r"\bE\d{1,2}\b", heads))
+    for entry in entries("errata"):
+        assert entry["check"] == "read" or entry["id"] in spread, entry["id"]
+
+
+def committed(name: str) -> list[str]:
+    """What the committed notebook shows as Markdown."""
+    found = [o for c in cells(NBS / f"{name}.ipynb", "code") for o in c["outputs"]]
+    pages = [o["data"].get("text/markdown") for o in found if "data" in o]
+    return ["".join(page) for page in pages if page]
+
+
+def rerun(name: str) -> tuple[list[str], dict]:
+    """What its cells give as Markdown today, up to the last that does; the names."""
+    todo = cells(NBS / f"{name}.ipynb", "code")
+    shown = [any("text/markdown" in o.get("data", {}) for o in c["outputs"]) for c in todo]
+    last, pages, names = len(todo) - shown[::-1].index(True), [], {}
+    for cell, page in list(zip(todo, shown))[:last]:
+        tree = ast.parse(source(cell))
+        if page:
+            value = ast.Expression(tree.body.pop().value)
+        exec(compile(tree, name, "exec"), names)
+        if page:
+            pages.append(eval(compile(value, name, "eval"), names).data)
+    return pages, names
+
+
+@pytest.fixture(scope="module")
+def decisions():
+    return rerun("decisions")
+
+
+def test_the_decisions_page_is_what_log_code_and_records_give(decisions):
+    pages, _ = decisions
+    assert len(pages) == 5
+    now, kept = "\n".join(pages), "\n".join(committed("decisions"))
+    assert now == kept, "run: python tests/run_notebooks.py decisions"
+
+
+def test_the_errata_page_is_what_the_list_gives():
+    pages, _ = rerun("errata")
+    assert pages == committed("errata"), "run: python tests/run_notebooks.py errata"
+
+
+def test_a_wrong_default_and_an_unknown_switch_are_refused(decisions):
+    check = decisions[1]["check_default"]
+    check("afen.methods.afen.AFEN(mecs_after='layer2')")
+    for wrong in ["afen.mecs.MECS(gate='mean_sigmoid')", "afen.method.Recipe(warmpu=10)"]:
+        with pytest.raises(ValueError):
+            check(wrong)
+
+
+def test_every_decision_is_on_the_page_with_all_its_alternatives(decisions):
+    page = "\n".join(decisions[0])
+    for entry in entries("decisions"):
+        assert f"[{entry['id']}](" in page
+        for other in entry.get("other", []):
+            assert other.get("set", other.get("python", "")[5:]) in page
