@@ -386,9 +386,10 @@ def plan_text(
         for name, row in left.iterrows()
     ]
     kept = ", ".join(f"{n} {s}" for s, n in table.state.value_counts().items())
-    hours = left.minutes.sum() / 60
-    total = f"{len(table)} runs: {kept}. Left: {hours:.1f} h of runs"
-    return "\n".join([*lines, total + f", {hours / at_once:.1f} h with {at_once} at a time."])
+    hours, unknown = left.minutes.sum() / 60, left.minutes.isna().sum()
+    more = f" and {unknown} of unknown length" if unknown else ""
+    left = f"{hours:.1f} h, {hours / at_once:.1f} h with {at_once} at a time{more}"
+    return "\n".join([*lines, f"{len(table)} runs: {kept}. Left: {left}."])
 
 # %% ../nbs/26_grid.ipynb #97dfa271
 def last_error(notebook: Path | str) -> str:
@@ -462,18 +463,21 @@ def _about(job: Job, record: Mapping[str, Any] | None) -> tuple[tuple, Mapping]:
 
 # %% ../nbs/26_grid.ipynb #61b5ae93
 def differences(
-    table: pd.DataFrame,  # from `results`
+    table: pd.DataFrame,  # from `results`, with a column `dataset` if of several
+    reference: str | None = None,  # a label; each group's own reference if None
 ) -> pd.DataFrame:
-    """`results` with `difference`: value minus that of the group's reference.
+    """`results` with `difference`: value minus that of the reference.
 
     It pairs split, seed, setting and metric; NaN where one of the two is missing.
     """
-    reference = {group.name: group.reference for group in GRID}
-    base = table[table.label == table.group.map(reference)]
+    own = table.group.map({group.name: group.reference for group in GRID})
+    base = table[table.label == (reference or own)]
     keys = ["group", "trial", "seed", "setting", "metric"]
+    keys += ["dataset"] if "dataset" in table else []
     base = base[[*keys, "value"]].rename(columns={"value": "base"})
     paired = table.merge(base, on=keys, how="left", validate="many_to_one")
-    return paired.assign(difference=paired.value - paired.base).drop(columns="base")
+    difference = (paired.value - paired.base).round(6)
+    return paired.assign(difference=difference).drop(columns="base")
 
 # %% ../nbs/26_grid.ipynb #6c83f8d9
 def main(words: Sequence[str] | None = None) -> None:
