@@ -379,10 +379,10 @@ def seed_points(
     grid = figure.subplots(down, columns, sharey=True, squeeze=False).flat
     for axes, panel in zip(grid, panels):
         _points_panel(axes, table[table["panel"] == panel], places)
+        _name_rows(axes, places, headings)
         axes.set_title(panel)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    _name_rows(grid[0], places, headings)
     figure.supxlabel("per cent", size=10)
     return _settle(figure)
 
