@@ -41,7 +41,7 @@ def heat_maps(
     visible = (v > 0).to(joints.dtype)[..., None, None]
     return visible * down[..., None] * across[..., None, :]  # [B, J, h, w]
 
-# %% ../../nbs/methods/spot.ipynb #2729247c
+# %% ../../nbs/methods/spot.ipynb #26714709
 N_JOINTS = 17  # COCO's
 
 
@@ -57,6 +57,8 @@ class Structure(nn.Module):
         self.find = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(width)
         self.name = nn.Conv2d(width, N_JOINTS, 1)
+        nn.init.normal_(self.name.weight, 0.0, 0.001)
+        nn.init.zeros_(self.name.bias)
 
     def forward(self, early: Tensor) -> Tensor:
         """Two convolutions with a batch norm and a ReLU between them."""
@@ -170,7 +172,7 @@ def jointed_view(
     moved = place_joints(joints, placement, images.shape[2:])
     return erase(view, generator, erasing), moved
 
-# %% ../../nbs/methods/spot.ipynb #15cb4c2b
+# %% ../../nbs/methods/spot.ipynb #fc9ce6b3
 class SPOT(Method):
     """SPOT, approximate: structure guides attention, parts interact, a weighted sum."""
 
@@ -193,7 +195,7 @@ class SPOT(Method):
         self.net = DualResNet(recipe.depth, recipe.weights)
         channels = self.net.channels
         self.structure = Structure(channels // 4, channels // 16)
-        self.asr, self.tpi = ASR(channels), TPI(channels, channels // 4)
+        self.asr, self.tpi = ASR(channels), TPI(channels, channels // 8)
         self.head = Head(channels, n_identities)  # pools and reads ASR's map
         self.part_neck = nn.BatchNorm1d(channels)
         nn.init.normal_(self.part_neck.weight, 1.0, 0.01)
