@@ -20,7 +20,7 @@ NOTEBOOKS = sorted(
 ROOMS = [
     "core", "people", "datasets", "batches", "augment", "joints", "backbone", "mecs", "fem",
     "losses", "method", "methods", "evaluation", "training", "records", "tables", "figures",
-    "runs", "grid",
+    "runs", "grid", "probes",
 ]  # fmt: skip
 
 

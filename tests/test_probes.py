@@ -1,0 +1,225 @@
+"""Probes: each measurement against a slow one, and what a probe refuses."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from afen import probes
+from afen.core import torch_generator
+from afen.evaluation import evaluate_trials
+from afen.losses import pairwise_distances
+from afen.method import POCKET, create
+from afen.people import write_tree
+from afen.records import fingerprint
+from afen.runs import DEFAULTS, carry_out, make_plan
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished tiny run of AFEN: its folder, and the folder of its images."""
+    folder = tmp_path_factory.mktemp("probes")
+    size = {"n_train": 4, "n_test": 3, "n_images": 2, "size": (48, 24)}
+    root = write_tree("regdb", folder / "tree", **size)
+    plan = make_plan(
+        DEFAULTS
+        | {"dataset": "regdb", "preset": "pocket", "root": str(root)}
+        | {"out": str(folder / "run"), "precision": "bfloat16"}
+        | {"epochs": 1, "steps": 1, "identities": 2, "images": 2}
+    )
+    carry_out(plan)
+    return folder / "run", str(root)
+
+
+@pytest.fixture(scope="module")
+def subject(run):
+    return probes.open_run(*run)[1]
+
+
+def random(*shape, key=0):
+    return torch.randn(*shape, generator=torch_generator("test probes", key))
+
+
+@pytest.mark.parametrize("kind", probes.NOISE)
+def test_an_images_noise_depends_on_its_row_alone(subject, kind):
+    noisy = probes.NoisyImages(subject.data.test, kind, 0.1)
+    together, alone = noisy.batch(np.array([3, 5])), noisy.batch(np.array([5]))
+    assert together[1].equal(alone[0]) and not together[0].equal(together[1])
+    clean = probes.NoisyImages(subject.data.test, kind, 0.0)
+    assert clean.batch(np.array([3])).equal(subject.data.test.batch(np.array([3])))
+
+
+def test_salt_and_pepper_grows_where_it_was():
+    images = torch.full((1, 3, 40, 40), 90, dtype=torch.uint8)
+    uniform = torch.rand(1, 1, 40, 40, generator=torch_generator("salt"))
+    less, more = (
+        probes.add_noise(images, "salt-and-pepper", level, uniform) != images
+        for level in (0.1, 0.3)
+    )
+    assert 0 < less.sum() < more.sum() and (more | ~less).all()
+
+
+def test_an_unknown_noise_names_the_nearest():
+    images = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="did you mean 'gaussian'"):
+        probes.add_noise(images, "gausian", 0.1, torch.full((1, 1, 4, 4), 0.5))
+
+
+def test_clean_queries_score_as_the_evaluation_does(subject):
+    features = subject.embed(subject.data.test)
+    split = subject.data.split
+    found = probes.score_queries(features, features, split)
+    for setting, (expected,) in evaluate_trials(features, split).items():
+        assert found[setting].mAP == expected.mAP
+        np.testing.assert_array_equal(found[setting].cmc, expected.cmc)
+
+
+def test_a_gate_that_answers_the_same_does_not_drift_and_does_not_spread():
+    attention = probes.ChannelAttention(4)
+    nn.init.zeros_(attention.mlp[2].weight)
+    gates = probes.branch_gates(attention, random(3, 4, 5, 5))
+    other = probes.branch_gates(attention, random(3, 4, 5, 5, key=1))
+    (row, *_) = probes.drift({"a": attention}, {"a": other}, {"a": gates}, {})
+    assert row["drift"] == 0 and row["spread"] < 1e-6
+
+
+@pytest.mark.parametrize("size", [None, 36, 8, 3])
+def test_extent_against_a_loop(size):
+    weights = random(7).tolist()
+    mass = [abs(w) * (max(0, size - abs(o)) if size else 1)
+            for o, w in enumerate(weights, -3)]  # fmt: skip
+    middle = sum(m * o for o, m in enumerate(mass, -3)) / sum(mass)
+    spread = sum(m * (o - middle) ** 2 for o, m in enumerate(mass, -3)) / sum(mass)
+    assert probes.extent(torch.tensor(weights), size) == pytest.approx(math.sqrt(spread))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 2), (1, 2, 9, 5), (1, 1, 16, 16)])
+def test_the_bands_add_up_to_the_mean_square(shape):
+    x = random(*shape)
+    torch.testing.assert_close(probes.spectrum(x).sum(1), x.square().mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_a_wave_of_two_positions_is_the_nyquist_frequency(across):
+    wave = torch.tensor([1.0, -1.0]).repeat(4).expand(1, 1, 8, 8)
+    power = probes.spectrum(wave.mT if across else wave)[0]
+    torch.testing.assert_close(power, torch.tensor([0, 0, 0, 0, 1.0, 0]))
+    assert probes.high_share(power) == 1
+
+
+def test_mmd_against_a_loop():
+    a, b = random(6, 3), random(5, 3, key=1) + 0.5
+    both = torch.cat([a, b]).tolist()
+    lengths = sorted(math.dist(x, y) for i, x in enumerate(both) for y in both[:i])
+    width = lengths[(len(lengths) - 1) // 2]
+
+    def mean(xs, ys):
+        found = [math.exp(-math.dist(x, y) ** 2 / (2 * width**2)) for x in xs for y in ys]
+        return sum(found) / len(found)
+
+    a, b = a.tolist(), b.tolist()
+    expected = mean(a, a) + mean(b, b) - 2 * mean(a, b)
+    assert probes.mmd(torch.tensor(a), torch.tensor(b)) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_the_gradient_of_a_pair_is_what_a_small_step_says(squared):
+    distances = pairwise_distances(random(8, 3).double())
+    labels = torch.arange(8) // 2
+    same = labels[:, None] == labels
+
+    def loss(d):
+        gap = (probes.pair_weights(d, same) * d * (2.0 * same - 1)).sum(1)
+        return probes.soft_margin(gap, squared).sum()
+
+    found, _ = probes.pair_gradients(distances, same, squared)
+    for place in ((0, 1), (0, 5)):
+        step = torch.zeros_like(distances)
+        step[place] = 1e-5
+        slope = (loss(distances + step) - loss(distances - step)) / 2e-5
+        assert found[place].item() == pytest.approx(abs(slope.item()), rel=1e-5)
+
+
+def test_what_fem_sees_is_in_the_order_of_the_identities(subject):
+    (inside,) = subject.inside((probes.FEM, probes.pooled_ends))
+    (notes,) = inside.values()
+    seen = torch.cat([x for x, _ in notes])
+    modality = subject.data.split.test.modality.to_numpy()
+    row = np.flatnonzero(modality == "infrared")[1]
+    with probes.watch(probes.parts(subject.trained, probes.FEM), probes.pooled_ends) as one:
+        with torch.no_grad():
+            subject.trained.embed(subject.data.test.batch(np.array([row])), "infrared")
+    ((alone, _),) = next(iter(one.values()))
+    place = (modality == "visible").sum() + 1
+    torch.testing.assert_close(seen[place], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_without_mecs_and_fem_has_empty_tables(subject):
+    plain = create("agw", 4, POCKET).eval()
+    bare = probes.Subject(plain, plain, subject.plan, subject.data, subject.device)
+    assert probes.joins(bare) == {"joins": [], "medians": []}
+    assert probes.strips(bare) == {"strips": [], "kernels": []}
+    assert probes.frequencies(bare) == {"spectra": [], "response": []}
+    assert [row["where"] for row in probes.gap(bare)["gap"]] == ["feature"]
+
+
+def test_measuring_changes_nothing(subject):
+    before = {k: v.clone() for k, v in subject.trained.state_dict().items()}
+    probes.hardness(subject)
+    probes.noise(subject)
+    for name, value in subject.trained.state_dict().items():
+        assert value.equal(before[name]), name
+
+
+def test_the_command_line_keeps_a_probe_that_repeats(run, tmp_path):
+    folder, root = run
+    words = [sys.executable, "-m", "afen.probes", folder, "--root", root]
+    done = subprocess.run(
+        [*words, "--out", tmp_path], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (kept,) = probes.load_probes(tmp_path)
+    again = probes.probe(folder, root)
+    assert kept["measures"] == again["measures"] and kept["status"] == "smoke"
+    assert len(probes.table([kept], "noise")) == 2 * (1 + 6)
+    path = tmp_path / f"{kept['run']}.json"
+    path.write_text(path.read_text().replace('"status": "smoke"', '"status": "partial"'))
+    with pytest.raises(ValueError, match="changed after it was written"):
+        probes.load_probes(tmp_path)
+
+
+def edited(folder, tmp_path, **changes):
+    """A copy of a run whose record says something else, sealed anew."""
+    record = json.loads((folder / "record.json").read_text()) | changes
+    record["fingerprint"] = fingerprint(record)
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    (tmp_path / "weights.safetensors").symlink_to(folder / "weights.safetensors")
+    return tmp_path
+
+
+def test_weights_of_another_run_are_refused(run, tmp_path):
+    folder, root = run
+    with pytest.raises(ValueError, match="do not move files"):
+        probes.open_run(edited(folder, tmp_path, id="another"), root)
+
+
+def test_a_failed_run_is_refused(run, tmp_path):
+    folder, root = run
+    with pytest.raises(ValueError, match="did not finish"):
+        probes.open_run(edited(folder, tmp_path, status="failed"), root)
+
+
+def test_other_images_are_refused(run, tmp_path):
+    folder, _ = run
+    size = {"n_train": 4, "n_test": 3, "n_images": 2, "size": (48, 24)}
+    other = write_tree("regdb", tmp_path / "tree", **size, seed=5)
+    with pytest.raises(ValueError, match="not those that run"):
+        probes.open_run(folder, str(other))
