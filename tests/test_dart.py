@@ -13,7 +13,13 @@ from afen.core import seed_everything, torch_generator
 from afen.datasets import load, with_noise
 from afen.losses import adaptive_quadruplet, identity_loss, soft_identity_loss
 from afen.method import Recipe, create
-from afen.methods.dart import DART, clean_probability, confidences, network_losses
+from afen.methods.dart import (
+    DART,
+    clean_probability,
+    confidences,
+    fit_mixture,
+    network_losses,
+)
 from afen.people import write_tree
 from afen.training import (
     Run,
@@ -85,7 +91,8 @@ def test_the_mixture_finds_the_lower_component():
     rng = np.random.default_rng(0)
     low, high = rng.normal(0.1, 0.04, 300), rng.normal(0.7, 0.1, 100)
     for losses in (np.r_[low, high], np.r_[high, low]):  # whichever comes first
-        found = clean_probability(losses.clip(0, 1), seed=0)
+        losses = losses.clip(0, 1)
+        found = clean_probability(fit_mixture(losses, 0), losses)
         assert found.shape == (400,) and ((found >= 0) & (found <= 1)).all()
         assert ((found > 0.5) == (losses < 0.4)).mean() > 0.98
 
@@ -95,12 +102,13 @@ def test_the_posterior_is_that_of_two_normal_densities():
     losses = np.r_[rng.normal(0.2, 0.05, 200), rng.normal(0.8, 0.1, 100)]
     fitted = GaussianMixture(2, tol=1e-2, reg_covar=5e-4, random_state=3)
     fitted.fit(losses[:, None])
+    assert np.array_equal(fitted.means_, fit_mixture(losses, 3).means_)
     mean, variance = fitted.means_[:, 0], fitted.covariances_[:, 0, 0]
     density = fitted.weights_ / np.sqrt(variance) * np.exp(
         -((losses[:, None] - mean) ** 2) / (2 * variance)
     )
     expected = density[:, mean.argmin()] / density.sum(1)
-    assert np.allclose(clean_probability(losses, 3), expected)
+    assert np.allclose(clean_probability(fitted, losses), expected)
 
 
 def test_views_are_scaled_apart_and_modalities_fitted_apart():
