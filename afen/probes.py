@@ -452,7 +452,8 @@ def modality_gap(
     for modality, chosen in (("same", ~across), ("cross", across)):
         for who, kind in (("within", same), ("across", ~same)):
             some = distances[pairs & chosen & kind]
-            found[f"{modality}_{who}"] = some.mean() / unit if some.size else np.nan
+            mean = some.mean() / unit if some.size else np.nan
+            found[f"{modality}_{who}"] = float(mean)
     return found
 
 # %% ../nbs/27_probes.ipynb #b111e85c
@@ -514,7 +515,7 @@ def pair_gradients(
     return found[0].abs(), found[1].abs()
 
 # %% ../nbs/27_probes.ipynb #4298174d
-DEAD = 0.25  # |u| below which L_sq has less than half the slope of WRT
+DEAD = 0.25  # |u| below which L_sq has about half the slope of WRT, or less
 
 
 def hardness_rows(
@@ -604,12 +605,10 @@ def transfer(subject: Subject) -> Tables:
     """Scores on the partner's test set, or the reason why not as table `missing`."""
     other = partner(subject.data.split.name)
     try:
-        if other is None:
-            raise FileNotFoundError("No other data set is a partner of this one.")
-        split = load(other)
-    except FileNotFoundError as error:
-        reason = {"table": "transfer", "reason": str(error)}
-        return {"transfer": [], "missing": [reason]}
+        split = load(other or "")
+    except (FileNotFoundError, ValueError):  # not there; no partner, or a damaged one
+        why = f"no whole copy of {other} in data/{other}" if other else "no partner"
+        return {"transfer": [], "missing": [{"table": "transfer", "reason": why}]}
     recipe, modality = subject.plan.recipe, split.test.modality
     images = pack(split.root, split.test.path, (recipe.height, recipe.width))
     features = embed(subject.trained, images, modality, False, device=subject.device)
