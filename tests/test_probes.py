@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -223,3 +224,15 @@ def test_other_images_are_refused(run, tmp_path):
     other = write_tree("regdb", tmp_path / "tree", **size, seed=5)
     with pytest.raises(ValueError, match="not those that run"):
         probes.open_run(folder, str(other))
+
+
+def test_claims_without_a_record_are_not_run(tmp_path):
+    words = [Path(sys.executable).with_name("papermill"), "--no-progress-bar"]
+    words += [ROOT / "nbs" / "claims.ipynb", tmp_path / "claims.ipynb"]
+    words += ["-p", "kept", tmp_path / "nothing", "-p", "out", tmp_path]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = pd.read_csv(tmp_path / "smoke_claims.csv")
+    assert set(said.claim) == {1, 2, 3, 4, 5, 6} and set(said.verdict) == {"not run"}
+    text = (tmp_path / "smoke_claims_gap.svg").read_text()
+    assert "not run" in text and "0 seeds on pocket-regdb" in text
