@@ -1,10 +1,20 @@
-"""The pages of the methods: a finished run is read, a missing or failed one is made."""
+"""The pages of the methods: their runs, their recipes by the released rules."""
 
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from afen import runs
+from afen.augment import FILL, LUMA, MEAN, normalise, to_float
+from afen.batches import Batch
+from afen.core import torch_generator
+from afen.method import create, method_class
 from afen.people import write_tree
 from afen.records import read_record, write_record
+from afen.training import lr_factor, make_sampler
 
 TINY = {"dataset": "regdb", "preset": "pocket", "precision": "float32", "epochs": 1}
 TINY |= {"steps": 1, "identities": 2, "images": 2}
@@ -39,3 +49,111 @@ def test_the_pictures_of_a_run_are_small(plan):
     curves, lists = runs.pictures(runs.finished(plan))
     assert [line.get_label() for line in curves.axes[0].get_lines()][0] == "total"
     assert runs.figures.is_smoke(curves) and lists.width <= runs.PAGE_WIDTH
+
+
+# --- recipes --------------------------------------------------------------------------
+
+
+def step_rule(epoch):
+    """AGW's released rate, and CAJ's and DDAG's; epochs from 0."""
+    if epoch < 10:
+        return 0.1 * (epoch + 1) / 10
+    if epoch < 20:
+        return 0.1
+    return 0.01 if epoch < 50 else 0.001
+
+
+def line_rule(epoch):
+    """X-modality's: a line from a hundredth, a tenth from 40 on, again from 70 on."""
+    rate = 3.5e-4 * (0.01 + 0.99 * min(epoch, 10) / 10)
+    return rate / 10 ** ((epoch >= 40) + (epoch >= 70))
+
+
+RULES = {
+    "agw": (81, step_rule),
+    "ddag": (81, step_rule),
+    "caj": (100, step_rule),
+    "afen": (100, step_rule),
+    "xmodal": (120, line_rule),
+}
+SIZES = {"xmodal": (256, 128, 12)}  # height, width, identities
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_rate_is_the_released_one_at_every_epoch(name):
+    recipe, (epochs, rule) = method_class(name).recipes["paper"], RULES[name]
+    assert recipe.epochs == epochs
+    found = [recipe.lr * lr_factor(recipe, epoch) for epoch in range(epochs)]
+    assert np.allclose(found, [rule(epoch) for epoch in range(epochs)], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_batches_have_the_released_shape_and_repeat_images(name):
+    recipe = method_class(name).recipes["paper"]
+    assert (recipe.height, recipe.width, recipe.identities) == SIZES.get(
+        name, (288, 144, 8)
+    )
+    table = pd.DataFrame({"label": np.repeat(np.arange(20), 10)})
+    table["modality"] = np.tile(np.repeat(["visible", "infrared"], 5), 20)
+    sampler, twice = make_sampler(table, recipe, seed=0), []
+    while np.size(twice) < 10_000:
+        for rows in sampler.draw(0, len(twice)):
+            own = rows.reshape(recipe.identities, 4)
+            labels = table.label.to_numpy()[own]
+            assert (labels == labels[:, :1]).all()
+            assert len(set(labels[:, 0])) == recipe.identities
+            twice.append(own[:, 0] == own[:, 1])
+    share, n = np.mean(twice), np.size(twice)  # two slots, five images: one in five
+    assert abs(share - 0.2) < 5 * (0.2 * 0.8 / n) ** 0.5
+
+
+# --- views ----------------------------------------------------------------------------
+
+N = 10_000
+FLAT = torch.tensor([40, 120, 230], dtype=torch.uint8)
+Z = normalise(to_float(FLAT[None, :, None, None])).flatten()
+COLOURS = torch.stack(  # copies of R, G and B, grey, unchanged
+    [*(Z[[k, k, k]] for k in range(3)), (Z @ torch.tensor(LUMA)).expand(3), Z]
+)
+PLAIN, COPY = [0, 0, 0, 0, 1], [1 / 3, 1 / 3, 1 / 3, 0, 0]
+ADAPT = [1 / 4, 1 / 4, 1 / 4, 1 / 8, 1 / 8]
+VIEWS = {  # colours of each view, chance of erasing, and its fill
+    "agw": ([PLAIN, PLAIN], 0.0, FILL),
+    "ddag": ([PLAIN, PLAIN], 0.0, FILL),
+    "caj": ([PLAIN, COPY, ADAPT], 0.5, FILL),
+    "afen": ([PLAIN, COPY, ADAPT], 0.5, FILL),
+    "xmodal": ([PLAIN, PLAIN], 0.5, MEAN),
+}
+
+
+def views_of_flat_images(name):
+    """The method's views of N images of one colour, none of them padded: [N, 3, 16, 8]."""
+    recipe = replace(method_class(name).recipes["paper"], pad=0, depth=18, weights="none")
+    images, rows = FLAT[None, :, None, None].repeat(N, 1, 16, 8), np.arange(N)
+    generator, labels = torch_generator("pages", name), torch.zeros(N, dtype=torch.long)
+    batch = Batch(images, images, labels, labels, rows, rows, None, None, generator)
+    visible, infrared, _ = create(name, 4, recipe).views(batch)
+    return [*visible.split(N), infrared]
+
+
+def within_five_sigma(shares, chances):
+    p = torch.as_tensor(chances, dtype=torch.float64)
+    return ((shares - p).abs() <= 5 * (p * (1 - p) / N).sqrt()).all()
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_have_the_released_chances(name):
+    colours, erasing, fill = VIEWS[name]
+    views = views_of_flat_images(name)
+    assert len(views) == len(colours)
+    for view, chances in zip(views, colours):
+        pixels = view.flatten(2)  # [N, 3, 128]
+        seen = torch.stack(
+            [torch.isclose(pixels, c[:, None], atol=1e-5).all(1).any(1) for c in COLOURS]
+        )
+        assert within_five_sigma(seen.double().mean(1), chances)
+        erased = (pixels != pixels[:, :, :1]).flatten(1).any(1)
+        assert within_five_sigma(erased.double().mean(), erasing)
+        if chances is PLAIN and erasing:
+            box = torch.isclose(pixels, torch.tensor(fill)[:, None]).all(1).any(1)
+            assert torch.equal(box, erased)
