@@ -411,7 +411,8 @@ def test_readme_types_no_score():
 
 
 def test_readme_says_what_the_records_give():
-    assert read_block(ROOT / "README.md", "state") == state_block(load_records()).strip()
+    block = read_block(ROOT / "README.md", "state")
+    assert block == state_block(load_records()).strip()
 
 
 @pytest.fixture(scope="module")
@@ -421,7 +422,12 @@ def made(tmp_path_factory):
     papermill = Path(sys.executable).with_name("papermill")
     for name in RESULTS:
         page = [ROOT / "nbs" / f"{name}.ipynb", folder / f"{name}.ipynb"]
-        where = ["-p", "out", folder / "figures"] if name != "index" else []
+        where = ["-p", "out", folder / "figures"]
+        if name == "index":
+            readme = folder / "README.md"
+            readme.write_text((ROOT / "README.md").read_text())
+            write_block(readme, "state", "deleted")
+            where = ["-p", "readme", readme]
         words = [papermill, "--no-progress-bar", *page, *where]
         done = subprocess.run(
             list(map(str, words)), capture_output=True, text=True, cwd=ROOT,
@@ -429,6 +435,10 @@ def made(tmp_path_factory):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
     return folder
+
+
+def test_the_index_writes_the_block_of_the_readme(made):
+    assert (made / "README.md").read_bytes() == (ROOT / "README.md").read_bytes()
 
 
 def said(path):
