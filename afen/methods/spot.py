@@ -64,7 +64,7 @@ class Structure(nn.Module):
         """Two convolutions with a batch norm and a ReLU between them."""
         return self.name(self.norm(self.find(early)).relu())
 
-# %% ../../nbs/methods/spot.ipynb #6453e2f6
+# %% ../../nbs/methods/spot.ipynb #805f92d0
 @full_precision
 def structure_loss(
     predicted: Tensor,  # [B, J, h, w]
@@ -72,7 +72,7 @@ def structure_loss(
     visible: Tensor,  # bool [B, J]
 ) -> Tensor:
     """Squared error of the maps of visible joints, Eq. (2); scalar, 0 if there are none."""
-    squares = (predicted - targets).square().sum((2, 3))  # [B, J]
+    squares = (predicted - targets).square().mean((2, 3))  # [B, J]
     return (squares * visible).sum() / visible.sum().clamp(min=1)
 
 # %% ../../nbs/methods/spot.ipynb #5ba4d0b9
@@ -172,14 +172,14 @@ def jointed_view(
     moved = place_joints(joints, placement, images.shape[2:])
     return erase(view, generator, erasing), moved
 
-# %% ../../nbs/methods/spot.ipynb #fc9ce6b3
+# %% ../../nbs/methods/spot.ipynb #c51ca0d7
 class SPOT(Method):
     """SPOT, approximate: structure guides attention, parts interact, a weighted sum."""
 
     name, title = "spot", "SPOT"
     needs_joints = True
     switches: ClassVar[dict[str, Parameter]] = {"structure": Parameter(float, low=0.0)}
-    defaults: ClassVar[dict[str, Any]] = {"structure": 1.0}
+    defaults: ClassVar[dict[str, Any]] = {"structure": 10.0}
     recipes: ClassVar[dict[str, Recipe]] = {
         "paper": Recipe(epochs=81, flip=False),
         "pocket": replace(POCKET, flip=False),
