@@ -67,11 +67,11 @@ def near(share: float, p: float) -> bool:
 
 
 def test_rates_are_those_of_the_released_code():
-    printed = {
+    noted = {
         1: 1.02e-4, 2: 2.01e-4, 3: 2.89e-4, 7: 2.42e-4, 12: 1.51e-4, 18: 4.65e-5,
         23: 4.27e-6, 24: 3e-6,
     }  # fmt: skip
-    for epoch, rate in printed.items():  # theirs count from 1
+    for epoch, rate in noted.items():  # theirs count from 1
         ours = PAPER.lr * lr_factor(PAPER, epoch - 1)
         assert float(f"{ours:.2e}") == pytest.approx(rate), epoch
 
@@ -86,8 +86,11 @@ def test_rates_at_every_epoch():
 
 @pytest.mark.parametrize(
     "epochs, gray, expected",
-    [(24, 0.25, 6), (12, 0.25, 3), (1, 0.25, 1), (36, 1 / 6, 6), (24, 0, 0), (24, 1, 24)],
-)
+    [
+        (24, 0.25, 6), (12, 0.25, 3), (1, 0.25, 1), (36, 1 / 6, 6), (24, 0, 0),
+        (24, 1, 24),
+    ],
+)  # fmt: skip
 def test_the_first_epochs_are_grey(epochs, gray, expected):
     recipe = replace(POCKET, epochs=24).scaled(epochs)
     phases = create("pmt", 3, recipe, gray=float(gray)).in_gray
@@ -180,7 +183,8 @@ def test_order_of_the_jitter_matters_where_it_clips():
     bright = torch.full((2, 3, 4, 4), 0.9)
     bright[:, :, 0] = 0.5
     factors = torch.tensor([1.3, 1.3])
-    draw = InfraredDraw(factors > 9, factors, factors, factors, torch.tensor([True, False]))
+    order = torch.tensor([True, False])
+    draw = InfraredDraw(factors > 9, factors, factors, factors, order)
     one, other = pmt.jitter(bright, draw)
     assert not torch.allclose(one, other)
 
@@ -332,6 +336,8 @@ def test_positions_are_resampled_as_released():
     assert torch.equal(ours[:, 0], square[:, 0])
     torch.testing.assert_close(ours[0, 1:], theirs[0].flatten(1).T)
     assert pmt.resample_positions(ours, (21, 10)) is ours
+    with pytest.raises(ValueError, match="Positions of 210 patches"):
+        pmt.resample_positions(ours, (5, 5))
 
 
 def state_of_a_square_vit() -> dict[str, torch.Tensor]:
@@ -365,7 +371,8 @@ def test_weights_files_that_do_not_serve(tmp_path):
     assert "no state dict" in refused(str(tmp_path / "text.pth"), ValueError)
     for change in ({"pos_embed": None}, {"stray": torch.zeros(1)}):
         state = state_of_a_square_vit() | change
-        torch.save({k: v for k, v in state.items() if v is not None}, tmp_path / "v.pth")
+        state = {k: v for k, v in state.items() if v is not None}
+        torch.save(state, tmp_path / "v.pth")
         sentence = refused(str(tmp_path / "v.pth"), ValueError)
         assert f"at {next(iter(change))}" in sentence
     assert "no ImageNet weights" in refused("imagenet", ValueError)

@@ -7,7 +7,7 @@ __all__ = ['SIZES', 'TAG', 'STRENGTH', 'SIGMA', 'TAPS', 'ROWS', 'COMMON', 'MARGI
            'read_weights', 'resample_positions', 'load_weights', 'InfraredDraw', 'draw_infrared', 'jitter', 'blur',
            'visible_view', 'infrared_view', 'PMT']
 
-# %% ../../nbs/methods/pmt.ipynb #b7ab06e8
+# %% ../../nbs/methods/pmt.ipynb #05d5bc3a
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -46,7 +46,7 @@ from afen.losses import (
 )
 from ..method import POCKET, Method, Recipe
 
-# %% ../../nbs/methods/pmt.ipynb #de52442e
+# %% ../../nbs/methods/pmt.ipynb #27cd6e02
 class OverlappingPatches(PatchEmbed):
     """timm's patch embedding, with a stride of three quarters of the patch (PMT)."""
 
@@ -57,7 +57,7 @@ class OverlappingPatches(PatchEmbed):
         self.grid_size = tuple((n - p) // s + 1 for n, p, s in sides)  # Eq. (1)
         self.num_patches = math.prod(self.grid_size)
 
-# %% ../../nbs/methods/pmt.ipynb #74234724
+# %% ../../nbs/methods/pmt.ipynb #6a83ac1d
 SIZES = {  # of the transformer, in timm's words
     "base": {"patch_size": 16, "embed_dim": 768, "num_heads": 12},
     "tiny": {"patch_size": 12, "embed_dim": 192, "num_heads": 3},
@@ -88,7 +88,7 @@ def make_vit(
         load_weights(vit, read_weights(size, weights), weights)
     return vit
 
-# %% ../../nbs/methods/pmt.ipynb #e1be9e0f
+# %% ../../nbs/methods/pmt.ipynb #c97e1092
 TAG = "vit_base_patch16_224.orig_in21k_ft_in1k"  # timm's name for PMT's weights
 
 
@@ -112,7 +112,7 @@ def read_weights(size: str, weights: str) -> dict[str, Tensor]:
         )
     return state
 
-# %% ../../nbs/methods/pmt.ipynb #0d92d9da
+# %% ../../nbs/methods/pmt.ipynb #e9aa0f93
 def _download(size: str) -> dict[str, Tensor]:
     """timm's file of ImageNet weights, kept by torch.hub, its hash checked."""
     if size != "base":
@@ -131,14 +131,23 @@ def _download(size: str) -> dict[str, Tensor]:
             "-p weights none."
         ) from None
 
-# %% ../../nbs/methods/pmt.ipynb #35cb7433
+# %% ../../nbs/methods/pmt.ipynb #9d94fb79
 def resample_positions(
     positions: Tensor,  # [1, 1 + n, C], the class token's first
     grid: tuple[int, int],  # (h, w) of the patches
 ) -> Tensor:
-    """Positions for another grid, bilinear from a square one; [1, 1 + hw, C]."""
-    if positions.shape[1] == 1 + math.prod(grid):
+    """Positions for another grid, bilinear from a square one; [1, 1 + hw, C].
+
+    Raises ValueError when they come from another grid that is not square.
+    """
+    count = positions.shape[1] - 1
+    if count == math.prod(grid):
         return positions  # saved from a network like this one
+    if math.isqrt(count) ** 2 != count:
+        raise ValueError(
+            f"Positions of {count} patches fit neither a square grid nor that of "
+            f"{grid[0]} x {grid[1]}: give weights trained on square images."
+        )
     return resample_abs_pos_embed(
         positions, list(grid), interpolation="bilinear", antialias=False
     )
@@ -158,12 +167,12 @@ def load_weights(
     given = {name: getattr(value, "shape", None) for name, value in state.items()}
     if wrong := [k for k in [*own, *given] if own.get(k) != given.get(k)]:
         raise ValueError(
-            f"The weights {weights} do not fit this transformer (at {wrong[0]}): give a "
-            "state dict of timm's ViT of the same size and patch."
+            f"The weights {weights} do not fit this transformer (at {wrong[0]}): give "
+            "a state dict of timm's ViT of the same size and patch."
         )
     vit.load_state_dict(state)
 
-# %% ../../nbs/methods/pmt.ipynb #0b79901e
+# %% ../../nbs/methods/pmt.ipynb #6b8d25fc
 STRENGTH = 0.3  # of the jitter: factors between 0.7 and 1.3
 SIGMA = (0.1, 3.0)  # of the blur, in pixels
 TAPS = 21  # of the blur's kernel
@@ -190,7 +199,7 @@ def draw_infrared(
     sigma = SIGMA[0] + (SIGMA[1] - SIGMA[0]) * sigma
     return InfraredDraw(coin < 0.5, sigma, brightness, contrast, order < 0.5)
 
-# %% ../../nbs/methods/pmt.ipynb #c8ce8aef
+# %% ../../nbs/methods/pmt.ipynb #003f1f33
 def jitter(
     images: Tensor,  # float [B, 3, H, W] in [0, 1]
     draw: InfraredDraw,
@@ -208,7 +217,7 @@ def jitter(
     x = (contrast * x + (1 - contrast) * grey).clamp(0, 1)
     return (x * after).clamp(0, 1)
 
-# %% ../../nbs/methods/pmt.ipynb #eb220f7e
+# %% ../../nbs/methods/pmt.ipynb #6fc30aaf
 @full_precision
 def blur(
     images: Tensor,  # float [B, 3, H, W], sides above 10
@@ -225,7 +234,7 @@ def blur(
     both = F.conv2d(rows, kernel[:, None, :, None], groups=len(kernel))
     return both.reshape(count, channels, height, width)
 
-# %% ../../nbs/methods/pmt.ipynb #8ffdd5c8
+# %% ../../nbs/methods/pmt.ipynb #bb939de7
 def visible_view(
     images: Tensor,  # uint8 [B, 3, H, W]
     generator: torch.Generator,  # on the CPU
@@ -257,7 +266,7 @@ def infrared_view(
     view = torch.where(blurred, blur(view, sigma), jitter(view, draw))
     return erase(normalise(view), generator, erasing, fill=MEAN)
 
-# %% ../../nbs/methods/pmt.ipynb #62229349
+# %% ../../nbs/methods/pmt.ipynb #36a33b28
 COMMON: dict[str, Any] = {  # to both recipes
     "optimiser": "adamw", "weight_decay": 1e-4, "schedule": "cosine", "floor": 0.01,
     "replacement": False, "pad": 0, "flip": False,
@@ -274,7 +283,8 @@ class PMT(Method):
     defaults: ClassVar[dict[str, Any]] = {"gray": 0.25}
     recipes: ClassVar[dict[str, Recipe]] = {
         "paper": Recipe(
-            height=256, width=128, epochs=24, warmup=3, lr=3e-4, backbone_lr=0.5, **COMMON
+            height=256, width=128, epochs=24, warmup=3, lr=3e-4, backbone_lr=0.5,
+            **COMMON,
         ),
         "pocket": replace(
             POCKET, epochs=14, warmup=2, lr=1e-3, identities=8, size="tiny", **COMMON
@@ -292,7 +302,7 @@ class PMT(Method):
         self.vit = make_vit(recipe.size, image, recipe.weights)
         self.head = Head(self.vit.num_features, n_identities, pool=nn.Identity())
 
-# %% ../../nbs/methods/pmt.ipynb #e25e3f85
+# %% ../../nbs/methods/pmt.ipynb #40d7952f
 @patch
 def head_parameters(self: PMT) -> Iterator[nn.Parameter]:
     """All but the patch projection and the blocks learn at the full rate."""
@@ -300,7 +310,7 @@ def head_parameters(self: PMT) -> Iterator[nn.Parameter]:
         if not name.startswith(("vit.patch_embed.", "vit.blocks.")):
             yield parameter
 
-# %% ../../nbs/methods/pmt.ipynb #c397bf90
+# %% ../../nbs/methods/pmt.ipynb #ab1cd112
 @patch
 def in_gray(self: PMT, epoch: int) -> bool:
     """Whether an epoch, from 0, belongs to the first phase."""
@@ -316,7 +326,7 @@ def views(self: PMT, batch: Any, epoch: int) -> tuple[Tensor, Tensor]:
     visible = visible_view(batch.visible, generator, gray, **keep)
     return visible, infrared_view(batch.infrared, generator, **keep)
 
-# %% ../../nbs/methods/pmt.ipynb #58916faa
+# %% ../../nbs/methods/pmt.ipynb #e649aca7
 MARGIN = 0.1  # of the triplets
 WEIGHT = 0.5  # of MSEL and of DCL
 
@@ -338,7 +348,7 @@ def losses(self: PMT, batch: Any, epoch: int) -> dict[str, Tensor]:
         "dcl": WEIGHT * dcl(features, labels),
     }
 
-# %% ../../nbs/methods/pmt.ipynb #94cfaa11
+# %% ../../nbs/methods/pmt.ipynb #db230cee
 @patch
 def embed(self: PMT, images: Tensor, modality: str) -> Tensor:
     """The feature after the neck as a unit vector [B, C], of either modality."""
