@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATASET ?= pocket-regdb
 METHOD ?= afen
+PRESET ?= pocket
+PROFILE ?= local
+STUDIES ?=
 ARGS ?=
 RUN = $(BIN)/papermill --no-progress-bar --log-output nbs/train.ipynb
 
-.PHONY: demo test lab train install notebooks clean
+.PHONY: demo test lab train reproduce install notebooks clean
 
 install: .venv/installed
 
@@ -36,6 +39,12 @@ test: install  ## notebooks and modules in step, every notebook, every test
 
 lab: install  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
+
+reproduce: install  ## make every missing run, then all tables and figures
+	@rm -rf runs/reproduce  # pages are made anew: their figures may have been deleted
+	@$(BIN)/snakemake $(ARGS) --snakefile workflow/Snakefile \
+	  --profile workflow/profiles/$(PROFILE) \
+	  --config preset=$(PRESET) $(if $(STUDIES),studies="$(STUDIES)")
 
 notebooks: install  ## export the modules, run every notebook, clean them
 	$(BIN)/nbdev_export

@@ -14,7 +14,8 @@ import argparse
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from afen.records import (
     keep_record,
     load_records,
     read_record,
-    records_folder,
     run_id,
     write_record,
 )
@@ -310,11 +310,16 @@ def step_seconds(record: Mapping[str, Any]) -> float:
 
 def step_work(recipe: Mapping[str, Any]) -> float:
     """Multiply-adds of a batch's way through the plain backbone, forward only."""
-    with torch.device("meta"):  # shapes alone, no arithmetic
-        net = DualResNet(recipe["depth"], "none")
-        image = torch.empty(1, 3, recipe["height"], recipe["width"])
-        each = count_multiply_adds(net, image)
+    each = _image_work(recipe["depth"], recipe["height"], recipe["width"])
     return 2.0 * recipe["identities"] * recipe["images"] * each
+
+
+@cache
+def _image_work(depth: int, height: int, width: int) -> int:
+    """Multiply-adds of one image."""
+    with torch.device("meta"):  # shapes alone, no arithmetic
+        net, image = DualResNet(depth, "none"), torch.empty(1, 3, height, width)
+        return count_multiply_adds(net, image)
 
 # %% ../nbs/26_grid.ipynb #8ac1d99b
 _VARIED = ("dataset", "trial", "seed", "gallery", "noise")  # no step takes longer by it
@@ -328,12 +333,19 @@ def step_cost(
     own = {k: v for k, v in decides.items() if k not in _VARIED}
     near = [r for r in records if own.items() <= r["parameters"].items()]
     alike = [r for r in records if _frame(r["parameters"]) == _frame(decides)]
-    for found, basis in ((near, "measured"), (alike, "measured on another cell")):
+    for found, basis in ((near, "measured"), (alike, "measured in another cell")):
         if found:
-            return pd.Series([step_seconds(r) for r in found]).median(), basis
+            seconds = pd.Series([step_seconds(r) for r in found]).median()
+            return seconds, f"{basis}, {_devices(found)}"
     work = step_work(decides["recipe"])
     rates = [step_seconds(r) / step_work(r["parameters"]["recipe"]) for r in records]
-    return work * pd.Series(rates, dtype=float).median(), "estimated by multiply-adds"
+    basis = f"estimated by multiply-adds, {_devices(records)}"
+    return work * pd.Series(rates, dtype=float).median(), basis
+
+
+def _devices(records: Iterable[Mapping[str, Any]]) -> str:
+    """What the records were made on."""
+    return " and ".join(sorted({record["machine"]["device"] for record in records}))
 
 
 def _frame(decides: Mapping[str, Any]) -> tuple:
@@ -493,7 +505,10 @@ def main(words: Sequence[str] | None = None) -> None:
     keeping.add_argument("--records", help="where records are kept, if not data/records")
     given = parser.parse_args(words)
     if given.verb == "keep":
-        keep(given.name, records=given.records)
+        try:
+            keep(given.name, records=given.records)
+        except ValueError as error:
+            parser.exit(1, f"{error}\n")
         return
     chosen, records = jobs(given.preset, given.study), load_records()
     done = [record["id"] for record in records]

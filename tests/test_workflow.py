@@ -1,0 +1,196 @@
+"""The workflow: what it would run, what it runs, and how it survives a kill."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import psutil
+import pytest
+
+from afen import grid
+from afen.core import digest
+from afen.people import write_tree
+from afen.records import fingerprint, new_record, read_record, score_entry
+
+ROOT = Path(__file__).resolve().parent.parent
+SNAKEMAKE = Path(sys.executable).with_name("snakemake")
+QUICK = {"preset": "pocket", "epochs": 8, "steps": 2, "identities": 2, "images": 2}
+QUICK |= {"precision": "float32"}
+
+
+def project(folder):
+    """A folder that stands in for the checkout: its own data, runs and records."""
+    (folder / "data" / "records").mkdir(parents=True)
+    for name in ("nbs", "workflow"):
+        (folder / name).symlink_to(ROOT / name)
+    for name in ("settings.ini", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def words(*targets, profile="local", preset="pocket"):
+    """The command that `make reproduce` runs."""
+    return [
+        str(SNAKEMAKE), *targets, "--snakefile", "workflow/Snakefile",
+        "--profile", f"workflow/profiles/{profile}", "--config", f"preset={preset}",
+    ]  # fmt: skip
+
+
+def call(folder, *targets, **choice):
+    """Run the workflow to its end; returns the process, all its text in stdout."""
+    return subprocess.run(
+        words(*targets, **choice), cwd=folder, text=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+@cache
+def begun(dataset):
+    """The record of a run that has only begun, to be filled in."""
+    (job, *_) = [j for j in grid.jobs(studies=["rows"]) if j.dataset == dataset]
+    return new_record(job.decides, {"hash": "", "protocol": "", "rendered": True})
+
+
+def finish(job, folder):
+    """Write the record that the job would leave, with made-up scores."""
+    layout = job.dataset.removeprefix("pocket-")
+    names = (*grid.METRICS, "rank5")
+    mean = {name: {"mean": 0.5, "std": None} for name in names}
+    entry = score_entry(mean, [dict.fromkeys(names, 0.5)], layout, 9, 9)
+    record = begun(job.dataset) | {"id": job.id, "status": "smoke", "reason": "made up"}
+    record |= {"parameters": dict(job.decides), "parameters_hash": digest(job.decides)}
+    record |= {"scores": dict.fromkeys(grid.SETTINGS[layout], entry)}
+    record["machine"] = record["machine"] | {"seconds": 330.0}
+    record["fingerprint"] = fingerprint(record)
+    (folder / f"{job.id}.json").write_text(json.dumps(record))
+
+
+def planned(text):
+    """The runs that a dry run lists, with what it says of each."""
+    lines = [line.split(": ", 2) for line in text.splitlines() if line.startswith("Job ")]
+    return {line[1]: line[2] for line in lines if len(line) == 3 and " steps x" in line[2]}
+
+
+def test_only_what_has_no_record_is_planned(tmp_path):
+    folder = project(tmp_path)
+    runs = list(grid.runs_of(grid.jobs()).values())
+    for job in runs:
+        finish(job, folder / "data" / "records")
+    gone = next(j for j in runs if j.label == "average" and j.seed == 1)
+    (folder / "data" / "records" / f"{gone.id}.json").unlink()
+    done = call(folder, "-n", preset="pocket")
+    assert done.returncode == 0, done.stdout[-2000:]
+    listed = planned(done.stdout)
+    assert set(listed) == {gone.id}
+    assert listed[gone.id].startswith("330 steps x 1 s = 5.5 min (measured, cpu: ")
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith(f"{len(runs)} runs: {len(runs) - 1} smoke, 1 to run. Left: 0.1 h")
+
+
+def test_a_fresh_clone_of_this_repository_trains_nothing_that_has_a_record(tmp_path):
+    folder = project(tmp_path)
+    shutil.copytree(ROOT / "data" / "records", folder / "data" / "records", dirs_exist_ok=True)
+    for i, path in enumerate(sorted((folder / "data" / "records").rglob("*.json"))):
+        os.utime(path, (1e9 + i % 7, 1e9 + i % 7))  # times are arbitrary after a clone
+    done = call(folder, "-n", preset="pocket")
+    assert done.returncode == 0, done.stdout[-2000:]
+    kept = {path.stem for path in (folder / "data" / "records").glob("*.json")}
+    assert set(planned(done.stdout)) == set(grid.runs_of(grid.jobs())) - kept
+
+
+def test_the_plan_on_real_data_for_a_cluster(tmp_path):
+    folder = project(tmp_path)
+    finish(grid.jobs(studies=["rows"])[0], folder / "data" / "records")
+    done = call(folder, "-n", profile="slurm", preset="paper")
+    assert done.returncode == 0, done.stdout[-2000:]
+    listed = planned(done.stdout)
+    assert len(listed) == len(grid.METHODS) * (1 + 10)
+    assert sum(name.startswith("sysu-") for name in listed) == len(grid.METHODS)
+    assert all("estimated by multiply-adds, cpu: " in cost for cost in listed.values())
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A small rendered tree in RegDB's layout; its second split is broken."""
+    tree = tmp_path_factory.mktemp("tree") / "regdb"
+    write_tree("regdb", tree, n_train=4, n_test=4, n_images=2, size=(48, 24))
+    (tree / "idx" / "train_visible_2.txt").write_text("nowhere.bmp 0\n")
+    return tree
+
+
+def two_runs(tree, methods, trials=(1, 1), **changes):
+    """The arguments that make just two short runs, and the records they will leave."""
+    common = {"root": str(tree), **QUICK, **changes}
+    config = tree.parent / f"{'-'.join(methods)}.json"
+    config.write_text(json.dumps({"studies": "rows", "common": common}))
+    every = grid.jobs("paper", ["rows"], common=common)
+    found = [
+        next(j for j in every if (j.label, j.dataset, j.trial) == (method, "regdb", trial))
+        for method, trial in zip(methods, trials)
+    ]
+    records = [f"data/records/{job.id}.json" for job in found]
+    return [*records, "--cores", "1", "--configfile", str(config)], records
+
+
+def test_a_killed_workflow_goes_on_where_it_stopped(tree, tmp_path):
+    folder = project(tmp_path)
+    arguments, records = two_runs(tree, ("agw", "caj"))
+    command = words(*arguments, preset="paper")
+    process = subprocess.Popen(
+        command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    paths = [folder / record for record in records]
+    deadline = time.time() + 600
+
+    def in_the_second_run():
+        if sum(path.exists() for path in paths) != 1:
+            return False
+        name = next(path.stem for path in paths if not path.exists())
+        return (folder / "runs" / name / "checkpoint.pt").exists()
+
+    while not in_the_second_run():
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.02)
+    family = psutil.Process(process.pid).children(recursive=True)
+    for one in (process, *map(psutil.Process, [p.pid for p in family if p.is_running()])):
+        one.kill()
+    process.wait()
+    kept = next(path for path in paths if path.exists())
+    before = kept.read_bytes()
+    done = call(folder, *arguments, preset="paper")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert kept.read_bytes() == before, "the finished run was made again"
+    other = next(path for path in paths if path != kept)
+    assert read_record(other)["status"] == "smoke"
+    assert "Going on from epoch" in (folder / "runs" / f"{other.stem}.ipynb").read_text()
+
+
+def test_a_failed_run_is_kept_and_stops_no_other(tree, tmp_path):
+    folder = project(tmp_path)
+    arguments, records = two_runs(tree, ("agw", "agw"), (1, 2), lr=1e30, clip=1e30)
+    done = call(folder, *arguments, preset="paper")
+    assert done.returncode != 0  # the second could not begin: its split is broken
+    record = read_record(folder / records[0])
+    assert record["status"] == "failed" and "became" in record["reason"]
+    assert not (folder / records[1]).exists()
+    assert "did not begin" in done.stdout and "train_visible_2.txt" in done.stdout
+
+
+def test_two_runs_never_share_a_gpu(tmp_path):
+    script = ["sh", str(ROOT / "workflow" / "on_gpu.sh"), "2"]
+    shows = ["sh", "-c", "echo $CUDA_VISIBLE_DEVICES; read end"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    taken = [subprocess.Popen([*script, *shows], cwd=tmp_path, **pipes) for _ in range(2)]
+    assert {process.stdout.readline() for process in taken} == {"0\n", "1\n"}
+    third = subprocess.run([*script, "true"], cwd=tmp_path, capture_output=True, text=True)
+    assert third.returncode == 1 and "All 2 GPUs are taken" in third.stderr
+    for process in taken:
+        process.communicate("\n")
+    assert subprocess.run([*script, "true"], cwd=tmp_path).returncode == 0
