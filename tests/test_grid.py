@@ -1,0 +1,152 @@
+"""The grid: names, commands, order, costs, and results from records."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from papermill.cli import _resolve_type
+from PIL import Image
+
+from afen import grid
+from afen.backbone import count_parameters
+from afen.method import create, names
+from afen.records import run_id
+from afen.runs import DEFAULTS, make_plan
+
+ROOT = Path(__file__).resolve().parent.parent
+POCKET = grid.jobs()
+
+
+def test_runs_keep_their_names():
+    """A new switch or default would rename every kept record."""
+    given = DEFAULTS | {"precision": "bfloat16"}
+    expected = "pocket-regdb-afen-pocket-t1-s0-5a6c7e74"
+    assert run_id(make_plan(given).decides()) == expected
+    full = {job.id for job in POCKET if job.label == grid.FULL and job.seed == 0}
+    assert expected in full
+
+
+def test_every_method_is_a_row():
+    assert sorted(grid.METHODS) == names()
+
+
+@pytest.mark.parametrize("group", grid.GRID, ids=lambda group: group.name)
+def test_cells_of_a_group_are_different_runs(group):
+    assert group.reference in group.cells
+    ids = {}
+    for job in POCKET:
+        if (job.group, job.dataset, job.seed) == (group, "pocket-regdb", 0):
+            ids.setdefault(job.id, []).append(job.label)
+    same = [labels for labels in ids.values() if len(labels) > 1]
+    # the pocket recipe erases nothing, the paper's erases half
+    assert same == ([["as it stands", "erasing 0"]] if group is grid.RECIPE else [])
+
+
+def test_papermill_reads_what_the_grid_means():
+    for job in grid.runs_of(POCKET).values():
+        words, read = job.arguments(), {}
+        while words:
+            flag, word, *words = words
+            if flag == "-y":
+                read |= yaml.safe_load(word)
+            else:
+                assert flag == "-p"
+                value, *words = words
+                read[word] = _resolve_type(value)
+        assert run_id(make_plan(DEFAULTS | read).decides()) == job.id
+
+
+def test_order_is_by_group_then_seed():
+    place = [(grid.GRID.index(job.group), job.seed) for job in POCKET]
+    assert place == sorted(place)
+    assert [name for name in grid.runs_of(POCKET)][0] == POCKET[0].id
+
+
+def test_the_preset_alone_leads_to_real_data():
+    rows = grid.jobs("paper")
+    assert len(rows) == len(grid.runs_of(rows)) == 8 * (1 + 10)
+    assert {job.decides["preset"] for job in rows} == {"paper"}
+    ablation = grid.jobs("paper", ["ablation"], seeds=[0, 1])
+    found = {(job.dataset, job.trial) for job in ablation if job.group is grid.CORE}
+    assert found == {("sysu", 1), *(("regdb", trial) for trial in range(1, 11))}
+
+
+@pytest.mark.parametrize("word", ["preset", "study"])
+def test_a_wrong_name_is_told(word):
+    with pytest.raises(ValueError, match=f"Unknown {word} 'papr'"):
+        grid.jobs("papr") if word == "preset" else grid.jobs(studies=["papr"])
+
+
+@pytest.mark.parametrize("module", ["MECS", "FEM", "both"])
+@pytest.mark.parametrize("preset", ["pocket", "paper"])
+def test_controls_have_the_size_of_what_they_control(module, preset):
+    def size(label):
+        cells = grid.CORE.cells
+        decides = make_plan(DEFAULTS | dict(cells[label], preset=preset, weights="none"))
+        return count_parameters(create("afen", 8, decides.recipe, **decides.options))
+
+    base = size("base")
+    own = size(grid.FULL if module == "both" else module) - base
+    control = size(f"control for {module}") - base
+    assert abs(control / own - 1) < 0.01
+
+
+def record(job, status="smoke", value=0.5):
+    """What tables read of a record."""
+    mean = {"mean": dict.fromkeys(grid.METRICS, value)}
+    settings = grid.SETTINGS[job.dataset.removeprefix("pocket-")]
+    scores = dict.fromkeys(settings, mean) if status == "smoke" else {}
+    return {"id": job.id, "status": status, "scores": scores}
+
+
+def test_results_show_what_is_missing_and_what_failed():
+    cells = [j for j in POCKET if (j.group, j.dataset) == (grid.LOSSES, "pocket-regdb")]
+    kept = [record(cells[0]), record(cells[1], "failed")]
+    table = grid.results("ablation", "pocket-regdb", kept)
+    table = table[table.group == grid.LOSSES.name]
+    assert len(table) == len(cells) * len(grid.METRICS) * 2
+    status = table.drop_duplicates("id").set_index("id").status
+    assert status[cells[0].id] == "smoke" and status[cells[1].id] == "failed"
+    assert (status.drop([c.id for c in cells[:2]]) == "not run").all()
+    assert table.value.notna().equals(table.status == "smoke")
+
+
+def test_differences_are_paired_by_seed():
+    cells = [j for j in POCKET if (j.group, j.dataset) == (grid.LOSSES, "pocket-regdb")]
+    base = {0: 0.5, 1: 0.6, 2: 0.7}
+    kept = [
+        record(job, value=base[job.seed] + (0.1 if job.label == "WRT" else 0))
+        for job in cells
+        if job.label != "L_sq, released" and (job.label, job.seed) != ("WRT", 1)
+    ]
+    table = grid.results("ablation", "pocket-regdb", reversed(kept))
+    found = grid.differences(table[table.group == grid.LOSSES.name])
+    wrt = found[(found.label == "WRT") & (found.metric == "mAP")]
+    assert wrt[wrt.seed != 1].difference.tolist() == [0.1] * 4
+    assert wrt[wrt.seed == 1].difference.isna().all()
+    assert (found[found.label == grid.LOSSES.reference].difference == 0).all()
+    assert found[found.label == "L_sq, released"].difference.isna().all()
+    other = grid.differences(table[table.group == grid.LOSSES.name], "WRT")
+    stable = other[(other.label == "L_sq, stable") & (other.seed == 0)]
+    assert (stable.difference == -0.1).all()
+
+
+def test_the_ablation_is_what_the_records_give(tmp_path):
+    """Figures and tables in figures/ are those of the kept records, and no others."""
+    papermill = Path(sys.executable).with_name("papermill")
+    words = [papermill, "--no-progress-bar", "nbs/ablation.ipynb", tmp_path / "out.ipynb"]
+    words += ["-p", "out", tmp_path / "figures"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = {path.name: path for path in (tmp_path / "figures").iterdir()}
+    kept = {path.name: path for path in (ROOT / "figures").glob("*ablation*")}
+    assert set(made) == set(kept)
+    for name, path in made.items():
+        if path.suffix == ".png":
+            one, two = (np.asarray(Image.open(p).convert("L"), int) for p in (path, kept[name]))
+            assert one.shape == two.shape and abs(one - two).mean() < 1, name
+        else:
+            assert path.read_bytes() == kept[name].read_bytes(), name
