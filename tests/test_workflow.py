@@ -194,3 +194,24 @@ def test_two_runs_never_share_a_gpu(tmp_path):
     for process in taken:
         process.communicate("\n")
     assert subprocess.run([*script, "true"], cwd=tmp_path).returncode == 0
+
+
+def test_a_run_asks_the_cluster_for_one_gpu(tmp_path):
+    folder, tools = project(tmp_path), tmp_path / "bin"
+    tools.mkdir()
+    asked = tmp_path / "asked.txt"
+    answers = {"sbatch": f'echo "$@" > {asked}; exit 1', "sacctmgr": "echo us"}
+    for name in ("sbatch", "sacctmgr", "sshare", "sinfo", "scontrol", "squeue", "scancel"):
+        (tools / name).write_text(f"#!/bin/sh\n{answers.get(name, 'echo us')}\n")
+        (tools / name).chmod(0o755)
+    record = f"data/records/{grid.jobs('paper', ['rows'])[0].id}.json"
+    resources = ["--default-resources", "slurm_account=us", "slurm_partition=gpu"]
+    command = words(record, *resources, profile="slurm", preset="paper")
+    environment = {"PYTHONPATH": str(ROOT), "PATH": f"{tools}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True,
+        env=os.environ | environment,
+    )  # fmt: skip
+    assert done.returncode != 0  # nothing was submitted
+    for need in ("-A us", "-p gpu", "--gpus=1", "--cpus-per-task=4", "--mem 16000"):
+        assert need in asked.read_text()
