@@ -154,6 +154,7 @@ JOINS = Group(
         "residual": {"options": _RESIDUAL},
         "replace": {"mecs": "paper_bare", "fem": "paper_bare"},
     },
+    probed=True,
 )  # fmt: skip
 RECIPE = Group(
     "ablation", "recipe", "What does the recipe bring?", "as it stands",
