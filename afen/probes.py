@@ -660,7 +660,7 @@ def open_run(
             f"{record['id']} saw: give their folder with --root."
         )
     seed_everything(plan.parameters["seed"])
-    n_identities = data.split.train.label.nunique()
+    n_identities = data.split.train.identity.nunique()
     where = pick_device(device)
     name = plan.parameters["method"]
     initial = create(name, n_identities, plan.recipe, **plan.options)

@@ -210,7 +210,7 @@ def start(plan: Plan, data: Data) -> Run:
     """
     p = plan.parameters
     seed_everything(p["seed"])
-    n_identities = data.split.train.label.nunique()
+    n_identities = data.split.train.identity.nunique()
     method = create(p["method"], n_identities, plan.recipe, **plan.options)
     run = Run(
         method,

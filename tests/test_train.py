@@ -173,3 +173,21 @@ def test_the_parameters_cell_holds_the_defaults():
     found: dict = {}
     exec("from typing import Optional\n" + cell.source, found)
     assert {name: found[name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_a_label_that_noise_takes_away_keeps_its_output(tmp_path):
+    from afen.runs import DEFAULTS, make_plan, open_data, start
+
+    root = write_tree("regdb", tmp_path / "tree", n_train=8, n_test=4, n_images=2)
+    given = {"dataset": "regdb", "root": str(root), "out": str(tmp_path / "run")}
+    given |= {**QUICK, "noise": 0.9, "precision": "float32"}
+    for seed in range(50):  # until a label has no image left
+        plan = make_plan(DEFAULTS | given | {"seed": seed})
+        data = open_data(plan)
+        table = data.split.train
+        if table.label.nunique() < table.identity.nunique():
+            break
+    else:
+        raise AssertionError("no seed takes a label away: raise the noise")
+    run = start(plan, data)
+    assert run.method.n_identities == table.identity.nunique()
