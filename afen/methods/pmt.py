@@ -34,7 +34,7 @@ from afen.augment import (
     place,
     to_float,
 )
-from ..backbone import MODALITIES, Head
+from ..backbone import MODALITIES, Head, read_state
 from ..core import Parameter, nearest
 from afen.losses import (
     batch_hard_triplet,
@@ -96,21 +96,7 @@ def read_weights(size: str, weights: str) -> dict[str, Tensor]:
     """The state dict that `weights` names."""
     if weights == "imagenet":
         return _download(size)
-    path = Path(weights)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Weights file {path} does not exist: give the path of a timm state dict, "
-            'or "imagenet", or "none".'
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises a dozen kinds for a file that holds no weights
-        state = None
-    if not isinstance(state, dict):
-        raise ValueError(
-            f"Weights file {path} holds no state dict: give one saved with torch.save."
-        )
-    return state
+    return read_state(Path(weights), "timm")
 
 # %% ../../nbs/methods/pmt.ipynb #e9aa0f93
 def _download(size: str) -> dict[str, Tensor]:
