@@ -12,7 +12,6 @@ import colorsys
 import csv
 import io
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.io
+from filelock import FileLock
 from PIL import Image
 
 from .core import digest, keyed_rng, nearest, project_root, shown
@@ -1150,18 +1150,15 @@ def _arguments(spec: TreeSpec) -> dict[str, Any]:
 
 
 def _render_set(root: Path, spec: TreeSpec) -> Path:
-    """Render a set beside `root`, then put it there; the first of two callers wins."""
+    """Render a set and put it at `root`; of several callers one does, others wait."""
     root.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    try:
-        tree = write_tree(root=draft / "tree", **_arguments(spec))
-        (tree / _MANIFEST).write_text(json.dumps(_manifest(tree, spec)))
-        if root.exists() and not _is_whole(root, spec):
-            with suppress(OSError):  # another process has taken it away meanwhile
-                root.replace(draft / "old")
-        with suppress(OSError):  # another process has put its own there meanwhile
-            tree.replace(root)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    assert _is_whole(root, spec), f"{root} changed while it was rendered"
-    return root
+    beside = {"prefix": f".{root.name}-", "dir": root.parent}
+    with FileLock(root.parent / f".{root.name}.lock"):
+        if _is_whole(root, spec):  # another process has put it there meanwhile
+            return root
+        with tempfile.TemporaryDirectory(**beside) as draft:
+            tree = write_tree(root=Path(draft) / "tree", **_arguments(spec))
+            (tree / _MANIFEST).write_text(json.dumps(_manifest(tree, spec)))
+            if root.exists():
+                root.replace(Path(draft) / "old")
+            return tree.replace(root)
