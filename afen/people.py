@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPECTRA', 'CAMERAS', 'LAYOUTS', 'POCKET', 'VERSION', 'Difficulty', 'Shape', 'Material', 'Person', 'sample_person',
            'Pose', 'Part', 'Ellipsoids', 'Surface', 'Camera', 'Room', 'Moment', 'Sensor', 'render', 'reference_sheet',
-           'check_reference', 'TreeSpec', 'Shot', 'write_tree', 'pocket_root']
+           'check_reference', 'TreeSpec', 'Shot', 'write_tree', 'pocket_root', 'render_set']
 
 # %% ../nbs/01_people.ipynb #cff28fe4
 import colorsys
@@ -1141,7 +1141,7 @@ def pocket_root(
         return root
     why = "is damaged or out of date" if root.exists() else "is not there yet"
     print(f"{name} {why}: rendering it in {shown(root)}", flush=True)
-    return _render_set(root, spec)
+    return render_set(root, spec)
 
 # %% ../nbs/01_people.ipynb #06e8b6e9
 def _arguments(spec: TreeSpec) -> dict[str, Any]:
@@ -1149,8 +1149,11 @@ def _arguments(spec: TreeSpec) -> dict[str, Any]:
     return {field.name: getattr(spec, field.name) for field in fields(spec)}
 
 
-def _render_set(root: Path, spec: TreeSpec) -> Path:
-    """Render a set and put it at `root`; of several callers one does, others wait."""
+def render_set(root: Path, spec: TreeSpec) -> Path:
+    """The tree of a specification at `root`, rendered if it is not there or not whole.
+
+    Of several callers one renders, the others wait. A damaged tree is replaced.
+    """
     root.parent.mkdir(parents=True, exist_ok=True)
     beside = {"prefix": f".{root.name}-", "dir": root.parent}
     with FileLock(root.parent / f".{root.name}.lock"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from afen import probes
+from afen import people, probes
 from afen.core import torch_generator
 from afen.evaluation import evaluate_trials
 from afen.losses import pairwise_distances
@@ -66,6 +66,20 @@ def test_salt_and_pepper_grows_where_it_was():
         for level in (0.1, 0.3)
     )
     assert 0 < less.sum() < more.sum() and (more | ~less).all()
+
+
+@pytest.mark.parametrize("name", people.POCKET)
+def test_a_transfer_meets_no_person_of_a_pocket_set(name):
+    """The pocket sets themselves share people; the strangers share none with them."""
+    strangers = probes.STRANGERS[name]
+    drawn = {
+        people.sample_person(spec.seed, identity, spec.difficulty)
+        for spec in people.POCKET.values()
+        for identity in spec.identities
+    }
+    own = {people.sample_person(strangers.seed, i, strangers.difficulty)
+           for i in strangers.identities}  # fmt: skip
+    assert len(own) == len(strangers.identities) and not own & drawn
 
 
 def test_an_unknown_noise_names_the_nearest():

@@ -34,7 +34,7 @@ def test_the_rows_are_the_table():
     assert len(names()) == 8
 
 
-@pytest.mark.parametrize("place, method", enumerate(names()), ids=lambda x: str(x))
+@pytest.mark.parametrize("place, method", list(enumerate(names())), ids=str)
 def test_a_row_trains_and_scores_at_the_papers_size(trees, tmp_path, place, method):
     dataset = LAYOUTS[place % 2]  # in turn: the layouts are tested in test_train
     given = {"dataset": dataset, "root": str(trees[dataset]), "out": str(tmp_path)}
