@@ -45,8 +45,7 @@ def lr_factor(
     if recipe.schedule == "cosine":
         return _cosine(recipe, now)
     if now < recipe.warmup:
-        from_floor = floor + (1 - floor) * now / recipe.warmup
-        return from_floor if floor else (now + 1) / recipe.warmup
+        return floor + (1 - floor) * (now + 1) / recipe.warmup
     return 0.1 ** sum(drop <= now for drop in recipe.drops)
 
 

@@ -14,6 +14,7 @@ from afen.core import torch_generator
 from afen.losses import centre_triplet, identity_loss, intra_modality_triplet
 from afen.method import POCKET, create, names
 from afen.methods.xmodal import SharedResNet, XGenerator, XModality, plain_view
+from afen.training import lr_factor
 
 SMALL = replace(POCKET, height=32, width=16, erasing=0.5)
 PEOPLE, IMAGES = 3, 2
@@ -49,9 +50,16 @@ def test_recipe_is_the_released_one():
     assert (recipe.height, recipe.width, recipe.pad) == (256, 128, 10)
     assert (recipe.identities, recipe.images, recipe.erasing) == (12, 4, 0.5)
     assert (recipe.optimiser, recipe.lr, recipe.backbone_lr) == ("adam", 3.5e-4, 1.0)
-    assert (recipe.weight_decay, recipe.warmup, recipe.drops) == (5e-4, 10, (40, 70))
+    assert (recipe.weight_decay, recipe.warmup, recipe.drops) == (5e-4, 10, (39, 69))
     assert (recipe.epochs, recipe.depth, recipe.schedule) == (120, 50, "step")
     assert not recipe.flip and not XModality.recipes["pocket"].flip
+
+
+@pytest.mark.parametrize(("number", "rate"), [(1, 3.82e-5), (2, 7.28e-5), (10, 3.5e-4)])
+def test_rates_are_those_of_the_authors_log(number, rate):
+    recipe = XModality.recipes["paper"]
+    found = recipe.lr * lr_factor(recipe, number - 1)
+    assert abs(found - rate) < 5.1e-8  # half of the last printed digit
 
 
 def test_generator_starts_as_a_cut_grey():

@@ -84,7 +84,7 @@ class XModality(Method):
             optimiser="adam",
             lr=3.5e-4,
             backbone_lr=1.0,
-            drops=(40, 70),
+            drops=(39, 69),
             floor=0.01,
             flip=False,
         ),
