@@ -52,4 +52,4 @@ notebooks: install  ## export the modules, run every notebook, clean them
 	$(BIN)/nbdev_clean
 
 clean:  ## forget runs, rendered and packed images; keep data that users brought
-	rm -rf runs data/pocket data/packed
+	rm -rf runs/* data/pocket data/packed
