@@ -6,7 +6,7 @@
 __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'PAGE_WIDTH', 'injected', 'Plan', 'make_plan',
            'change_recipe', 'Data', 'open_data', 'start', 'data_key', 'score', 'score_table', 'one_line',
            'begin_record', 'end_record', 'save_weights', 'draw', 'ranked', 'finished', 'carry_out', 'pictures',
-           'report']
+           'page_scores', 'report']
 
 # %% ../nbs/25_runs.ipynb #59e2a2e5
 import json
@@ -41,8 +41,10 @@ from afen.evaluation import (
 )
 from .joints import with_joints
 from .method import Method, Recipe, create, method_class
+from .people import POCKET
 from afen.records import (
     keep_notebook,
+    load_records,
     machine,
     new_record,
     read_record,
@@ -52,6 +54,7 @@ from afen.records import (
     score_entry,
     write_record,
 )
+from .tables import METRICS, recipe_of, seed_values
 from .training import Run, collapse, embed, estimate
 
 # %% ../nbs/25_runs.ipynb #74ff377b
@@ -420,6 +423,24 @@ def pictures(folder: Path) -> list[Any]:
     lists = Image.open(path).convert("RGB")
     lists.thumbnail((PAGE_WIDTH, 2 * PAGE_WIDTH))
     return [figures.loss_curves(history, path.name.startswith("smoke_")), lists]
+
+# %% ../nbs/25_runs.ipynb #39cffc05
+def page_scores(method: str) -> pd.DataFrame:
+    """The kept records of a method's pocket recipe: a row a data set and setting.
+
+    In per cent: `rank1`, `mAP` and `mINP` are means over `runs` seeds; `std`, `lowest`
+    and `highest` are of Rank-1.
+    """
+    given = DEFAULTS | {"method": method, "precision": "bfloat16"}
+    plans = [make_plan(given | {"dataset": name}) for name in POCKET]
+    wanted = {recipe_of(plan.decides()) for plan in plans}
+    kept = [r for r in load_records() if recipe_of(r["parameters"]) in wanted]
+    values = seed_values(kept)
+    cells = values.groupby(["dataset", "setting", "metric"])["value"]
+    columns = cells.mean().unstack().reindex(columns=list(METRICS))
+    names = {"std": "std", "lowest": "min", "highest": "max", "runs": "count"}
+    rank1 = values[values.metric == "rank1"].groupby(["dataset", "setting"])["value"]
+    return columns.join(rank1.agg(**names)).rename_axis(columns=None).round(1)
 
 # %% ../nbs/25_runs.ipynb #6e70fe11
 def report(notebook: Path | str) -> None:
