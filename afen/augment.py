@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'MIRRORED', 'AREA', 'ASPECT', 'FILL', 'LUMA', 'to_float', 'constant', 'beside', 'normalise',
-           'denormalise', 'Placement', 'draw_placement', 'place', 'pad_crop', 'flip', 'place_joints', 'draw_boxes',
-           'erase', 'mix_channels', 'copy_channel', 'adapt_gray', 'grayscale', 'weak_view', 'channel_view',
-           'infrared_view']
+           'denormalise', 'Placement', 'draw_placement', 'place', 'place_joints', 'draw_boxes', 'erase', 'mix_channels',
+           'copy_channel', 'adapt_gray', 'grayscale', 'weak_view', 'channel_view', 'infrared_view']
 
 # %% ../nbs/04_augment.ipynb #a70a0310
 from typing import NamedTuple
@@ -92,24 +91,6 @@ def place(
     every = torch.arange(len(images), device=images.device)
     chosen = windows[every, :, top, left]  # [B, 3, H, W]
     return torch.where(flipped[:, None, None, None], chosen.flip(-1), chosen)
-
-# %% ../nbs/04_augment.ipynb #2e7e20ae
-def pad_crop(
-    images: Tensor,  # [B, 3, H, W]
-    generator: torch.Generator,  # on the CPU
-    pad: int = 10,  # CAJ's for 288 x 144; smaller for smaller images
-) -> Tensor:
-    """Pad with zeros on all sides, and cut a random window of the old size."""
-    return place(images, draw_placement(len(images), generator, pad, p=0.0))
-
-
-def flip(
-    images: Tensor,  # [B, 3, H, W]
-    generator: torch.Generator,  # on the CPU
-    p: float = 0.5,
-) -> Tensor:
-    """Mirror each image left to right with chance p."""
-    return place(images, draw_placement(len(images), generator, pad=0, p=p))
 
 # %% ../nbs/04_augment.ipynb #158985fe
 MIRRORED = [0] + [joint + 1 if joint % 2 else joint - 1 for joint in range(1, 17)]
@@ -227,10 +208,11 @@ def weak_view(
     generator: torch.Generator,  # on the CPU
     erasing: float = 0.5,  # chance that an image is erased
     pad: int = 10,  # pixels of padding before the crop
+    fill: tuple[float, float, float] = FILL,  # of the erased pixels
 ) -> Tensor:
     """CAJ's plain view: crop, flip, normalise, erase. Float [B, 3, H, W]."""
     placed = place(images, draw_placement(len(images), generator, pad))
-    return erase(normalise(to_float(placed)), generator, erasing)
+    return erase(normalise(to_float(placed)), generator, erasing, fill)
 
 # %% ../nbs/04_augment.ipynb #b6c78cd0
 def channel_view(

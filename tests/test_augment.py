@@ -19,11 +19,9 @@ from afen.augment import (
     draw_boxes,
     draw_placement,
     erase,
-    flip,
     grayscale,
     infrared_view,
     normalise,
-    pad_crop,
     place,
     place_joints,
     to_float,
@@ -83,18 +81,22 @@ def test_place_is_slicing(pad, layout):
     assert placed.dtype == torch.uint8
 
 
-def test_pad_crop_never_mirrors_and_flip_never_moves():
+def test_crops_and_mirrors_are_drawn_apart():
     images = bytes_(40)
-    for image, old in zip(pad_crop(images, key(), pad=2), images):
+
+    def placed(pad, p):
+        return place(images, draw_placement(40, key(), pad, p))
+
+    for image, old in zip(placed(pad=2, p=0.0), images):
         padded = F.pad(old, [2] * 4)
         windows = padded.unfold(1, 30, 1).unfold(2, 14, 1).flatten(1, 2)
         assert (windows == image[:, None]).all((0, 2, 3)).sum() == 1
-    mirrored = flip(images, key())
+    mirrored = placed(pad=0, p=0.5)
     changed = (mirrored != images).any(3).any(2).any(1)
     assert torch.equal(mirrored[changed], images[changed].flip(-1))
     assert 5 < changed.sum() < 35
-    assert torch.equal(flip(images, key(), p=0.0), images)
-    assert torch.equal(flip(images, key(), p=1.0), images.flip(-1))
+    assert torch.equal(placed(pad=0, p=0.0), images)
+    assert torch.equal(placed(pad=0, p=1.0), images.flip(-1))
 
 
 def test_placements_are_uniform():
@@ -297,8 +299,6 @@ def test_defaults_are_those_of_the_released_code(view):
     images = bytes_(64)
     released = view(images, key(), erasing=0.5, pad=10)
     assert torch.equal(view(images, key()), released)
-    assert torch.equal(pad_crop(images, key()), pad_crop(images, key(), pad=10))
-    assert torch.equal(flip(images, key()), flip(images, key(), p=0.5))
     floats = to_float(images)
     assert torch.equal(erase(floats, key()), erase(floats, key(), 0.5, FILL))
 
@@ -337,7 +337,7 @@ def test_without_channel_operation_a_view_is_the_weak_one(view):
     assert not torch.equal(plain, view(images, key()))
 
 
-@pytest.mark.parametrize("operation", [erase, copy_channel, adapt_gray, pad_crop, flip])
+@pytest.mark.parametrize("operation", [erase, copy_channel, adapt_gray])
 def test_precision_does_not_change_the_draws(operation):
     images = torch.randn(200, 3, 30, 14, generator=key())
     single = operation(images, key())

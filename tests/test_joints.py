@@ -11,7 +11,14 @@ import torch
 import afen.joints
 from afen.batches import joints_of, pack
 from afen.datasets import JOINT_COLUMNS, load
-from afen.joints import detect, find_joints, load_detector, surest, with_joints
+from afen.joints import (
+    detect,
+    find_joints,
+    kept_joints,
+    load_detector,
+    surest,
+    with_joints,
+)
 from afen.people import write_tree
 from afen.runs import DEFAULTS, make_plan, open_data
 
@@ -108,7 +115,7 @@ def test_a_set_with_joints_never_meets_the_detector(rendered):
 def test_joints_are_found_once_and_kept_beside_the_pack(bare):
     split, packed = bare
     first = with_joints(split, packed, detector=constant).train
-    assert (packed.path.with_suffix("") / "joints.csv").is_file()
+    assert kept_joints(packed).is_file()
     second = with_joints(split, packed, detector=refuse).train
     assert first.equals(second)
     assert (first[["x0", "y0", "v0"]] == [12, 24, 1]).all(axis=None)
@@ -116,9 +123,24 @@ def test_joints_are_found_once_and_kept_beside_the_pack(bare):
     assert torch.allclose(moved, constant(moved), atol=0.05)
 
 
+@pytest.mark.parametrize("setting", ["VISIBLE", "WEIGHTS", "min_size", "max_size"])
+def test_joints_found_in_another_way_are_found_anew(bare, monkeypatch, capsys, setting):
+    split, packed = bare
+    first = with_joints(split, packed, detector=constant).train
+    capsys.readouterr()
+    if setting in afen.joints.ENLARGED:
+        monkeypatch.setitem(afen.joints.ENLARGED, setting, 999)
+    else:
+        monkeypatch.setattr(afen.joints, setting, 9)
+    second = with_joints(split, packed, detector=lambda x: constant(x) + 1).train
+    assert "found once" in capsys.readouterr().out and not first.equals(second)
+    monkeypatch.undo()
+    assert with_joints(split, packed, detector=refuse).train.equals(first)
+
+
 def test_images_without_joints_are_counted_by_modality(bare, capsys):
     split, packed = bare
-    kept = packed.path.with_suffix("") / "joints.csv"
+    kept = kept_joints(packed)
     with_joints(split, packed, detector=constant)
     table = pd.read_csv(kept)
     table[(split.train.modality == "visible").to_numpy()].to_csv(kept, index=False)
@@ -132,7 +154,7 @@ def test_nobody_seen_and_a_table_of_other_images_are_refused(bare):
     split, packed = bare
     with pytest.raises(ValueError, match="No joint is visible"):
         with_joints(split, packed, detector=lambda images: 0 * constant(images))
-    kept = packed.path.with_suffix("") / "joints.csv"
+    kept = kept_joints(packed)
     pd.read_csv(kept).drop(columns="v16").to_csv(kept, index=False)
     with pytest.raises(ValueError, match="no column v16"):
         with_joints(split, packed, detector=refuse)
@@ -153,7 +175,7 @@ def test_without_weights_the_sentence_says_what_to_do(bare, offline):
     split, packed = bare
     with pytest.raises(FileNotFoundError) as caught:
         with_joints(split, packed)
-    kept = packed.path.with_suffix("") / "joints.csv"
+    kept = kept_joints(packed)
     for word in ("no connection", "connect once", str(kept), "-p dataset pocket-regdb"):
         assert word in str(caught.value)
     assert not kept.exists()

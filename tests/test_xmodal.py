@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from afen.augment import MEAN
+from afen.augment import MEAN, weak_view
 from afen.backbone import count_parameters
 from afen.batches import Batch
 from afen.core import torch_generator
 from afen.losses import centre_triplet, identity_loss, intra_modality_triplet
 from afen.method import POCKET, create, names
-from afen.methods.xmodal import SharedResNet, XGenerator, XModality, plain_view
+from afen.methods.xmodal import SharedResNet, XGenerator, XModality
 from afen.training import lr_factor
 
 SMALL = replace(POCKET, height=32, width=16, erasing=0.5)
@@ -84,11 +84,11 @@ def test_generator_weighs_channels_apart():
 
 def test_view_is_erased_with_the_mean_in_normalised_space():
     images = torch.zeros(64, 3, 32, 16, dtype=torch.uint8)
-    view = plain_view(images, torch_generator("view"), pad=3)
+    view = weak_view(images, torch_generator("view"), pad=3, fill=MEAN)
     box = (view == torch.tensor(MEAN)[:, None, None]).all(dim=1)  # [64, 32, 16]
     assert 16 < box.flatten(1).any(dim=1).sum() < 48
     assert (view.permute(0, 2, 3, 1)[~box] < -1.7).all()  # black elsewhere
-    untouched = plain_view(images, torch_generator("view"), erasing=0.0, pad=3)
+    untouched = weak_view(images, torch_generator("view"), erasing=0.0, pad=3)
     assert (untouched < -1.7).all()
 
 
@@ -119,7 +119,7 @@ def test_views_keep_their_order_and_x_comes_from_visible():
     method = build()
     visible, infrared, x = method.views(example())
     torch.testing.assert_close(x, method.generator(visible))
-    again = plain_view(example().visible, example().generator, 0.5, SMALL.pad)
+    again = weak_view(example().visible, example().generator, 0.5, SMALL.pad, MEAN)
     assert torch.equal(visible, again) and not torch.equal(visible, infrared)
 
 
