@@ -67,7 +67,7 @@ def _figure(height: float = 3.0, smoke: bool = False) -> Figure:
     plt.close(figure)  # or pyplot keeps it for ever, and notebooks show it twice
     if smoke:
         share = STRIP / figure.get_figheight()
-        figure.get_layout_engine().set(rect=(0, share, 1, 1 - share))
+        figure.set_layout_engine("constrained", rect=(0, share, 1, 1 - share))
         box = {"fc": "0.9", "ec": "none", "pad": 2.5}
         look = {"ha": "center", "va": "center", "weight": "bold", "bbox": box}
         figure.text(0.5, share / 2, SMOKE, **look)

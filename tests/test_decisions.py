@@ -9,10 +9,12 @@ from urllib.parse import unquote
 
 import pytest
 
+from afen.tables import published
+
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 LOGS = {"decisions": "decision", "errata": "erratum"}
-ID = r"[MFLPTE]\d{1,2}"
+ID = r"[MFLPTBE]\d{1,2}"
 
 
 def entries(name: str) -> list[dict]:
@@ -36,7 +38,7 @@ def headings(path: Path) -> set[str]:
 def cited(text: str) -> set[str]:
     """Ids in brackets, "(M11, M12)", behind the word, "decision L5", or as "F1 to F12"."""
     found = set()
-    for a, b, c in re.findall(r"\b([MFLPTE])(\d{1,2}) to (?:\1)(\d{1,2})\b", text):
+    for a, b, c in re.findall(r"\b([MFLPTBE])(\d{1,2}) to (?:\1)(\d{1,2})\b", text):
         found |= {f"{a}{n}" for n in range(int(b), int(c) + 1)}
     for group in re.findall(rf"\(({ID}(?:(?:, | and ){ID})*)\)", text):
         found |= set(re.findall(ID, group))
@@ -47,8 +49,8 @@ KNOWN = {entry["id"] for name in LOGS for entry in entries(name)}
 
 
 def test_ids_run_from_one_without_a_gap():
-    assert {i[0] for i in KNOWN} == set("MFLPTE")
-    for letter, least in {"M": 13, "F": 13, "L": 9, "P": 1, "T": 1, "E": 22}.items():
+    assert {i[0] for i in KNOWN} == set("MFLPTBE")
+    for letter, least in {"M": 13, "F": 13, "L": 9, "P": 1, "T": 1, "B": 16, "E": 22}.items():
         numbers = sorted(int(i[1:]) for i in KNOWN if i[0] == letter)
         assert numbers == [*range(1, len(numbers) + 1)] and len(numbers) >= least, letter
 
@@ -94,17 +96,29 @@ def test_every_computed_erratum_has_a_place_in_the_notebook():
         assert entry["check"] == "read" or entry["id"] in spread, entry["id"]
 
 
+TEXTS = ("text/markdown", "text/html")  # a page's words, and its tables
+
+
+def texts(cell: dict) -> list[str]:
+    """What a committed cell shows as Markdown or HTML."""
+    data = [output.get("data", {}) for output in cell["outputs"]]
+    return [settled("".join(d[kind])) for d in data for kind in TEXTS if kind in d]
+
+
+def settled(page: str) -> str:
+    """Without the random name that pandas gives to a styled table."""
+    return re.sub(r"\bT_[0-9a-f]{5}", "T_", page).strip()
+
+
 def committed(name: str) -> list[str]:
-    """What the committed notebook shows as Markdown."""
-    found = [o for c in cells(NBS / f"{name}.ipynb", "code") for o in c["outputs"]]
-    pages = [o["data"].get("text/markdown") for o in found if "data" in o]
-    return ["".join(page) for page in pages if page]
+    """What the committed notebook shows as Markdown or HTML."""
+    return [text for c in cells(NBS / f"{name}.ipynb", "code") for text in texts(c)]
 
 
 def rerun(name: str) -> tuple[list[str], dict]:
-    """What its cells give as Markdown today, up to the last that does; the names."""
+    """What its cells show today, up to the last that does; the names they define."""
     todo = cells(NBS / f"{name}.ipynb", "code")
-    shown = [any("text/markdown" in o.get("data", {}) for o in c["outputs"]) for c in todo]
+    shown = [bool(texts(cell)) for cell in todo]
     last, pages, names = len(todo) - shown[::-1].index(True), [], {}
     for cell, page in list(zip(todo, shown))[:last]:
         tree = ast.parse(source(cell))
@@ -112,7 +126,9 @@ def rerun(name: str) -> tuple[list[str], dict]:
             value = ast.Expression(tree.body.pop().value)
         exec(compile(tree, name, "exec"), names)
         if page:
-            pages.append(eval(compile(value, name, "eval"), names).data)
+            made = eval(compile(value, name, "eval"), names)
+            html = getattr(made, "_repr_html_", lambda: made.data)
+            pages.append(settled(html()))
     return pages, names
 
 
@@ -123,14 +139,23 @@ def decisions():
 
 def test_the_decisions_page_is_what_log_code_and_records_give(decisions):
     pages, _ = decisions
-    assert len(pages) == 5
+    assert len(pages) == 6
     now, kept = "\n".join(pages), "\n".join(committed("decisions"))
     assert now == kept, "run: python tests/run_notebooks.py decisions"
 
 
 def test_the_errata_page_is_what_the_list_gives():
     pages, _ = rerun("errata")
+    assert len(pages) > 8 and sum("<table" in page for page in pages) > 6
     assert pages == committed("errata"), "run: python tests/run_notebooks.py errata"
+
+
+def test_a_changed_cell_of_a_table_would_be_seen():
+    styled = [page for page in committed("errata") if "T_" in page]
+    assert len(styled) == 2  # gains, departures
+    gains = styled[0].replace("1.86", "1.87")
+    assert gains != styled[0] and settled(gains) != settled(styled[0])
+    assert settled(styled[0].replace("T_", "T_0a1b2")) == styled[0]
 
 
 def test_a_wrong_default_and_an_unknown_switch_are_refused(decisions):
@@ -147,3 +172,10 @@ def test_every_decision_is_on_the_page_with_all_its_alternatives(decisions):
         assert f"[{entry['id']}](" in page
         for other in entry.get("other", []):
             assert other.get("set", other.get("python", "")[5:]) in page
+
+
+def test_every_row_has_a_decision():
+    """Each method of Table 1 is named in the rows of some decision."""
+    named = " ".join(entry["rows"] for entry in entries("decisions"))
+    for title in published()["title"].unique():
+        assert title in named, title

@@ -13,7 +13,9 @@ from afen.figures import (
     CAPTIONS,
     RIGHT,
     SMOKE,
+    STRIP,
     WRONG,
+    caption,
     cmc_curve,
     cmc_table,
     distance_histograms,
@@ -24,6 +26,7 @@ from afen.figures import (
     ranked_lists,
     ranked_table,
     save,
+    saved_caption,
     seed_points,
     style,
 )
@@ -107,13 +110,40 @@ def test_rendered_data_carries_its_mark(name, tmp_path):
     assert SMOKE in files[1]["svg"].read_text()
     assert "Rendered data" in files[1]["txt"].read_text()
     assert files[0]["txt"].read_text() == "A caption.\n"
-    # the mark is seen, and lies inside the picture
-    pixels = [np.asarray(Image.open(f["png"]).convert("L"), float) for f in files]
-    assert (np.abs(pixels[0] - pixels[1]) > 20).mean() > 0.01
     marked.draw_without_rendering()
-    box = marked.texts[0].get_window_extent()
-    width, height = marked.get_size_inches() * marked.dpi
+    (mark,) = marked.texts
+    box, (width, height) = mark.get_window_extent(), marked.get_size_inches() * marked.dpi
     assert 0 <= box.x0 and box.x1 <= width and 0 <= box.y0 and box.y1 <= height
+    across = name == "ranked_lists"  # the only one of images
+    for axes in marked.axes:
+        assert across or mark.get_bbox_patch().get_window_extent().y1 <= axes.get_tightbbox().y0
+    # and the mark is seen: dark letters in the strip at the foot, or across the images
+    sizes = [Image.open(f["png"]).size for f in files]
+    picture = np.asarray(Image.open(files[1]["png"]).convert("L"), float)
+    if across:
+        plain = np.asarray(Image.open(files[0]["png"]).convert("L"), float)
+        assert (np.abs(plain - picture) > 20).mean() > 0.01
+    else:
+        strip = sizes[1][1] - sizes[0][1]
+        assert strip == pytest.approx(STRIP * 200, abs=1)
+        assert (picture[-strip:] < 60).mean() > 0.01
+
+
+def test_a_caption_names_data_and_seeds(tmp_path):
+    text = caption("seed_points", "pocket-sysu", 3)
+    assert text.startswith(CAPTIONS["seed_points"]) and "pocket-sysu, 3 seeds." in text
+    paths = save(seed_points(POINTS, smoke=True), tmp_path / "points", POINTS, text)
+    assert saved_caption(paths).startswith(text) and "Rendered data" in saved_caption(paths)
+
+
+def test_an_axis_says_what_it_shows_and_its_unit():
+    each = [(a.get_title(), a.get_xlabel()) for a in seed_points(POINTS).axes]
+    assert each == [("", "Rank-1 [%]"), ("", "mAP [%]")]
+    one = seed_points(POINTS, axis="mAP [%]").axes
+    assert [(a.get_title(), a.get_xlabel()) for a in one] == [
+        ("Rank-1", "mAP [%]"),
+        ("mAP", "mAP [%]"),
+    ]
 
 
 def test_the_mark_is_named_once(tmp_path):
@@ -194,7 +224,7 @@ def test_seeds_are_dots_about_their_mean():
     left, right = seed_points(points).axes
     names = [tick.get_text() for tick in left.get_yticklabels()]
     assert names == ["one", "a", "b", "two", "c"]
-    assert [left.get_title(), right.get_title()] == ["Rank-1", "mAP"]
+    assert [left.get_xlabel(), right.get_xlabel()] == ["Rank-1 [%]", "mAP [%]"]
     line, dots, mean = left.get_lines()[:3]
     assert list(line.get_xdata()) == [50, 52] and set(line.get_ydata()) == {1}
     assert list(dots.get_xdata()) == [50, 51, 52] and set(mean.get_xdata()) == {51}

@@ -1,0 +1,79 @@
+"""Records: what is refused, what they say of the machine, and what stands on them."""
+
+import json
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+from afen.probes import load_probes, probes_folder
+from afen.records import (
+    check_record,
+    cpu_name,
+    fingerprint,
+    load_records,
+    machine,
+    read_record,
+    run_id,
+)
+
+RECORDS = {record["id"]: record for record in load_records()}
+
+
+def sealed(record):
+    """The record as somebody would leave it who knows how to seal one."""
+    return record | {"fingerprint": fingerprint(record)}
+
+
+CHANGES = {
+    "seed": lambda p: p | {"seed": 7},
+    "a recipe's rate": lambda p: p | {"recipe": p["recipe"] | {"lr": 0.5}},
+    "one more parameter": lambda p: p | {"luck": True},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_tampered_parameter_is_refused_though_it_is_sealed(change, tmp_path):
+    record = next(iter(RECORDS.values()))
+    check_record(sealed(record))
+    wrong = sealed(record | {"parameters": CHANGES[change](record["parameters"])})
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(wrong))
+    with pytest.raises(ValueError, match="do not give its name and hash") as caught:
+        read_record(path)
+    assert str(caught.value).count(". ") == 0 and "\n" not in str(caught.value)
+
+
+def test_a_name_and_a_hash_alone_are_refused_too():
+    record = next(iter(RECORDS.values()))
+    other = record["parameters"] | {"seed": 7}
+    for wrong in ({"id": run_id(other)}, {"parameters_hash": "0" * 32}):
+        with pytest.raises(ValueError, match="do not give its name and hash"):
+            check_record(sealed(record | wrong))
+
+
+def test_the_machine_names_its_cpu(tmp_path, monkeypatch):
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nmodel name\t: A Processor 9000\nflags\t: a b\n")
+    assert cpu_name(info) == "A Processor 9000"
+    info.write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")  # as on some ARM systems
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert cpu_name(info) == cpu_name(tmp_path / "none") == "arm64"
+    assert machine(torch.device("cpu"), 1.0, "float32")["device"] == f"cpu: {cpu_name()}"
+
+
+PROBES = sorted(Path(probes_folder()).glob("*.json"))
+
+
+def test_there_are_probes():
+    assert PROBES and len(load_probes()) == len(PROBES)
+
+
+@pytest.mark.parametrize("path", PROBES, ids=lambda path: path.stem)
+def test_a_probe_is_of_a_kept_record_and_of_committed_code(path):
+    probe = json.loads(path.read_text())
+    assert probe["run"] == path.stem and probe["run"] in RECORDS
+    assert probe["status"] == RECORDS[probe["run"]]["status"]
+    assert not probe["code"]["dirty"], "probed with uncommitted code: probe it again"
