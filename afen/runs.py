@@ -422,6 +422,7 @@ def pictures(folder: Path) -> list[Any]:
     (path,) = (folder / "figures").glob("*ranked_lists.png")
     lists = Image.open(path).convert("RGB")
     lists.thumbnail((PAGE_WIDTH, 2 * PAGE_WIDTH))
+    lists = lists.quantize()  # a notebook keeps a palette once, as PNG; RGB as JPEG too
     return [figures.loss_curves(history, path.name.startswith("smoke_")), lists]
 
 # %% ../nbs/25_runs.ipynb #39cffc05
