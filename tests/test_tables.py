@@ -417,6 +417,7 @@ def test_a_block_is_replaced_and_nothing_else(tmp_path):
 ALLOWED = {  # what may hold such a number, and why
     "the paper, quoted": r"^> \*\*Paper\*\*[^\n]*(?:\n>[^\n]*)*",
     "code, or what to type": r"^```[\s\S]*?^```|`[^`\n]*`",
+    "a formula with more in it than a number": r"\$[^$\n]*[\\=A-Za-z][^$\n]*\$",
     "a version, a size": r"Python \d\.\d+|License \d\.\d|\d+(?:\.\d+)? GB",
     "a wide range to expect of the demo": r"between 50 and 70 per\s+cent",
 }
@@ -471,6 +472,8 @@ TYPED = {
     "ahead by 3 points": ["3 points"],
     "a Rank-1 of 64": ["Rank-1 of 64"],
     "mAP: 70": ["mAP: 70"],
+    "that is $72.5$ there": ["72.5"],
+    r"less than $1 - \sqrt{0.9}$": [],
     "> **Ours.** It gains 1.5.": ["1.5"],
     "three seeds of 8 methods, 64 by 32 pixels\n| b | 3 |": [],
     '> **Paper** (3.1). "gains of 1.86 % in\n> Rank-1 and 2.07 %"\n': [],
