@@ -75,6 +75,8 @@ RULES = {
     "ddag": (81, step_rule),
     "caj": (100, step_rule),
     "afen": (100, step_rule),
+    "dart": (100, step_rule),
+    "spot": (81, step_rule),  # not released: AGW's, by our choice
     "xmodal": (120, line_rule),
 }
 SIZES = {"xmodal": (256, 128, 12)}  # height, width, identities
