@@ -6,7 +6,7 @@
 __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'PAGE_WIDTH', 'injected', 'Plan', 'make_plan',
            'change_recipe', 'Data', 'open_data', 'start', 'data_key', 'score', 'score_table', 'one_line',
            'begin_record', 'end_record', 'save_weights', 'draw', 'ranked', 'finished', 'carry_out', 'pictures',
-           'page_scores', 'report']
+           'page_records', 'page_scores', 'report']
 
 # %% ../nbs/25_runs.ipynb #59e2a2e5
 import json
@@ -426,17 +426,21 @@ def pictures(folder: Path) -> list[Any]:
     return [figures.loss_curves(history, path.name.startswith("smoke_")), lists]
 
 # %% ../nbs/25_runs.ipynb #39cffc05
-def page_scores(method: str) -> pd.DataFrame:
-    """The kept records of a method's pocket recipe: a row a data set and setting.
-
-    In per cent: `rank1`, `mAP` and `mINP` are means over `runs` seeds; `std`, `lowest`
-    and `highest` are of Rank-1.
-    """
+def page_records(method: str) -> list[dict[str, Any]]:
+    """The kept records of a method's own pocket recipe, of any seed."""
     given = DEFAULTS | {"method": method, "precision": "bfloat16"}
     plans = [make_plan(given | {"dataset": name}) for name in POCKET]
     wanted = {recipe_of(plan.decides()) for plan in plans}
-    kept = [r for r in load_records() if recipe_of(r["parameters"]) in wanted]
-    values = seed_values(kept)
+    return [r for r in load_records() if recipe_of(r["parameters"]) in wanted]
+
+
+def page_scores(method: str) -> pd.DataFrame:
+    """The scores of `page_records` in per cent: a row a data set and setting.
+
+    `rank1`, `mAP` and `mINP` are means over `runs` seeds; `std`, `lowest` and `highest`
+    are of Rank-1.
+    """
+    values = seed_values(page_records(method))
     cells = values.groupby(["dataset", "setting", "metric"])["value"]
     columns = cells.mean().unstack().reindex(columns=list(METRICS))
     names = {"std": "std", "lowest": "min", "highest": "max", "runs": "count"}

@@ -1,7 +1,9 @@
-"""DDAG: the released modules' golden numbers, the graph's edges, and its weight."""
+"""DDAG: the graph's edges and weight, checkpoints, features of either kind.
+
+The released modules' golden numbers and the loops are asserted on the page itself.
+"""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from afen.batches import Batch
 from afen.core import seed_everything, torch_generator
 from afen.method import Recipe, create
-from afen.methods.ddag import CGSA, DDAG, IWPA, GraphAttention
+from afen.methods.ddag import CGSA, DDAG, GraphAttention
 from afen.training import (
     load_checkpoint,
     make_optimiser,
@@ -20,20 +22,8 @@ from afen.training import (
     train_step,
 )
 
-GOLDEN = Path(__file__).parent / "golden"
 SMALL = Recipe(height=48, width=24, depth=18, weights="none", pad=2, lr=0.01)
 LABELS = torch.arange(3).repeat_interleave(2)
-
-
-def golden(name: str) -> dict[str, torch.Tensor]:
-    """The arrays of one golden file."""
-    arrays = np.load(GOLDEN / f"{name}.npz")
-    return {key: torch.tensor(arrays[key]) for key in arrays}
-
-
-def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Largest difference as a share of the largest entry."""
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def noise_batch(step: int) -> Batch:
@@ -60,43 +50,6 @@ def method() -> DDAG:
     """A small untrained DDAG."""
     seed_everything(0)
     return create("ddag", 3, SMALL)
-
-
-def test_iwpa_gives_the_released_numbers():
-    arrays = golden("ddag_iwpa")
-    module = IWPA(32).double().eval()
-    ours = {"fc1.0": "project.query", "fc2": "project.key", "fc3": "project.value"}
-    ours |= {"bottleneck": "neck"}
-    state = {"gate": arrays["state.m.gate"]}
-    for name in module.state_dict():
-        for theirs, mine in ours.items():
-            if name.startswith(mine):
-                state[name] = arrays["state.m." + name.replace(mine, theirs)]
-    module.load_state_dict(state)
-    found = module(arrays["input0"], arrays["input1"])
-    assert difference(found, arrays["output0"]) < 1e-6
-
-
-def test_graph_attention_gives_the_released_numbers():
-    arrays = golden("ddag_graph_attention")
-    layer = GraphAttention(24, 10).double().eval()
-    layer.load_state_dict({name: arrays[f"state.{name}"][None] for name in "Wa"})
-    found = layer(arrays["input0"], arrays["input1"] > 0)
-    assert difference(found, arrays["output0"]) < 1e-6
-
-
-def test_heads_at_once_equal_heads_one_by_one():
-    layer = GraphAttention(10, 6, heads=4).double().eval()
-    x = torch.randn(6, 10, generator=torch_generator("heads")).double()
-    edges, parts = LABELS[:, None] == LABELS, []
-    for W, a in zip(layer.W, layer.a):
-        for i in range(6):
-            near = [j for j in range(6) if edges[i, j]]
-            pairs = torch.stack([torch.cat([x[i] @ W, x[j] @ W]) for j in near])
-            weights = F.leaky_relu(pairs @ a[:, 0], 0.2).softmax(0)
-            parts.append(F.elu(weights @ (x[near] @ W)))
-    naive = torch.stack(parts).unflatten(0, (4, 6)).transpose(0, 1).flatten(1)
-    assert torch.allclose(layer(x, edges), naive)
 
 
 def test_a_lone_image_is_its_own_only_neighbour():

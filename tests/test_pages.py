@@ -51,6 +51,25 @@ def test_the_pictures_of_a_run_are_small(plan):
     assert runs.figures.is_smoke(curves) and lists.width <= runs.PAGE_WIDTH
 
 
+def test_a_page_counts_the_runs_of_its_own_recipe_only(monkeypatch):
+    """Other switches, other recipes and other sets are not averaged with it."""
+    given = runs.DEFAULTS | {"method": "agw", "precision": "bfloat16"}
+    other = {"stable": False}, {"epochs": 5}, {"noise": 0.2}, {"precision": "float32"}
+    changes = [{}, {"seed": 1}, *other, {"method": "ddag"}, {"dataset": "regdb"}]
+    made = []
+    for i, change in enumerate(changes):
+        decides = runs.make_plan(given | change).decides()
+        entry = {"mean": dict.fromkeys(("rank1", "mAP", "mINP"), i / 10), "std": {}}
+        scores = {"visible-to-infrared": entry | {"n": 1, "over": "splits"}}
+        made.append({"id": str(i), "status": "smoke", "parameters": decides})
+        made[-1]["scores"] = scores
+    monkeypatch.setattr(runs, "load_records", lambda: made)
+    assert [record["id"] for record in runs.page_records("agw")] == ["0", "1"]
+    (row,) = runs.page_scores("agw").to_dict("records")
+    assert (row["runs"], row["lowest"], row["highest"]) == (2, 0, 10)
+    assert row["rank1"] == row["mAP"] == row["mINP"] == 5
+
+
 # --- recipes --------------------------------------------------------------------------
 
 
@@ -91,11 +110,25 @@ def test_the_rate_follows_its_rule_at_every_epoch(name):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_batches_have_the_released_shape_and_repeat_images(name):
+def test_images_and_batches_have_the_released_size(name):
     recipe = method_class(name).recipes["paper"]
-    assert (recipe.height, recipe.width, recipe.identities) == SIZES.get(
-        name, (288, 144, 8)
-    )
+    found = recipe.height, recipe.width, recipe.identities
+    assert found == SIZES.get(name, (288, 144, 8))
+    assert recipe.images == 4 and recipe.replacement
+
+
+def settings(name):
+    """What a sampler is told."""
+    recipe = method_class(name).recipes["paper"]
+    return recipe.identities, recipe.images, recipe.replacement
+
+
+DISTINCT = {settings(name): name for name in RULES}.values()  # one method of each kind
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_batches_hold_whole_identities_and_repeat_images(name):
+    recipe = method_class(name).recipes["paper"]
     table = pd.DataFrame({"label": np.repeat(np.arange(20), 10)})
     table["modality"] = np.tile(np.repeat(["visible", "infrared"], 5), 20)
     sampler, twice = make_sampler(table, recipe, seed=0), []

@@ -88,7 +88,7 @@ class AGW(Method):
     }
     recipes: ClassVar[dict[str, Recipe]] = {
         "paper": Recipe(epochs=81, erasing=0.0, flip=False),
-        "pocket": replace(POCKET, erasing=0.0, flip=False),
+        "pocket": replace(POCKET, flip=False),
     }
 
     def __init__(
