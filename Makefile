@@ -6,6 +6,7 @@ METHOD ?= afen
 PRESET ?= pocket
 PROFILE ?= local
 STUDIES ?=
+DATASETS ?=
 ARGS ?=
 RUN = $(BIN)/papermill --no-progress-bar --log-output nbs/train.ipynb
 
@@ -44,7 +45,8 @@ reproduce: install  ## make every missing run, then all tables and figures
 	@rm -rf runs/reproduce  # pages are made anew: their figures may have been deleted
 	@$(BIN)/snakemake $(ARGS) --snakefile workflow/Snakefile \
 	  --profile workflow/profiles/$(PROFILE) \
-	  --config preset=$(PRESET) $(if $(STUDIES),studies="$(STUDIES)")
+	  --config preset=$(PRESET) $(if $(STUDIES),studies="$(STUDIES)") \
+	  $(if $(DATASETS),datasets="$(DATASETS)")
 
 notebooks: install  ## export the modules, run every notebook, clean them
 	$(BIN)/nbdev_export

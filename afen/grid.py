@@ -6,8 +6,8 @@
 __all__ = ['BOTH', 'METHODS', 'ROWS', 'FULL', 'CORE', 'LOSSES', 'POOLING', 'BRANCHES', 'PLACES', 'STRIPS', 'REDUCTION', 'JOINS',
            'RECIPE', 'NONLOCAL', 'NOISE', 'GRID', 'STUDIES', 'PRESETS', 'IMAGES', 'METRICS', 'SETTINGS', 'COLUMNS',
            'Group', 'switched', 'Preset', 'Job', 'make_job', 'jobs', 'runs_of', 'job_lines', 'total_steps',
-           'step_seconds', 'step_work', 'step_cost', 'plan', 'cost_text', 'plan_text', 'last_error', 'keep', 'results',
-           'differences', 'main']
+           'step_seconds', 'step_work', 'step_cost', 'plan', 'cost_text', 'plan_text', 'timed_records', 'last_error',
+           'keep', 'results', 'differences', 'main']
 
 # %% ../nbs/26_grid.ipynb #58324ad7
 import argparse
@@ -22,14 +22,16 @@ from typing import Any
 import nbformat
 import pandas as pd
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from .backbone import DualResNet, count_multiply_adds
 from .core import nearest
 from .datasets import DIRECTIONS, SYSU_SETTINGS
+from .method import Recipe, create
 from afen.records import (
     keep_record,
     load_records,
     read_record,
+    records_folder,
     run_id,
     write_record,
 )
@@ -192,19 +194,27 @@ class Preset:
     """The data sets of a preset, and what is varied on them."""
 
     sets: Mapping[str, tuple[str, int]]  # layout -> data set, training splits
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...]  # of the rows
+    paired: tuple[int, ...]  # seeds of the other studies
     studies: tuple[str, ...]  # what `make reproduce` runs
     parameters: Mapping[str, Any]  # for every run
+
+    def seeds_of(self, study: str) -> tuple[int, ...]:
+        """The seeds of a study's runs."""
+        return self.seeds if study == "rows" else self.paired
 
 
 PRESETS = {
     "pocket": Preset(
         {"regdb": ("pocket-regdb", 1), "sysu": ("pocket-sysu", 1)},
         (0, 1, 2),
+        (0, 1, 2),
         STUDIES,
         {"precision": "bfloat16"},
     ),
-    "paper": Preset({"regdb": ("regdb", 10), "sysu": ("sysu", 1)}, (0,), ("rows",), {}),
+    "paper": Preset(
+        {"regdb": ("regdb", 10), "sysu": ("sysu", 1)}, (0,), (0, 1, 2), ("rows",), {}
+    ),
 }
 
 # %% ../nbs/26_grid.ipynb #497eac61
@@ -269,7 +279,7 @@ def jobs(
         make_job(group, label, dataset, trial, seed, parameters)
         for group in GRID
         if group.study in studies
-        for seed in (chosen.seeds if seeds is None else seeds)
+        for seed in (chosen.seeds_of(group.study) if seeds is None else seeds)
         for dataset, trials in (chosen.sets[layout] for layout in group.layouts)
         for trial in range(1, trials + 1)
         for label in group.cells
@@ -309,18 +319,26 @@ def step_seconds(record: Mapping[str, Any]) -> float:
     return record["machine"]["seconds"] / total_steps(record["parameters"])
 
 
-def step_work(recipe: Mapping[str, Any]) -> float:
-    """Multiply-adds of a batch's way through the plain backbone, forward only."""
-    each = _image_work(recipe["depth"], recipe["height"], recipe["width"])
-    return 2.0 * recipe["identities"] * recipe["images"] * each
+def step_work(decides: Mapping[str, Any]) -> float:
+    """Multiply-adds of a batch's way through the method's network, forward only."""
+    recipe = decides["recipe"]
+    network = json.dumps([decides["method"], recipe, decides["options"]])
+    return 2.0 * recipe["identities"] * recipe["images"] * _image_work(network)
 
 
 @cache
-def _image_work(depth: int, height: int, width: int) -> int:
-    """Multiply-adds of one image."""
-    with torch.device("meta"):  # shapes alone, no arithmetic
-        net, image = DualResNet(depth, "none"), torch.empty(1, 3, height, width)
-        return count_multiply_adds(net, image)
+def _image_work(
+    network: str,  # method, recipe and options as JSON
+) -> int:
+    """Multiply-adds of embedding one image."""
+    name, given, options = json.loads(network)
+    recipe = Recipe(**given | {"drops": tuple(given["drops"]), "weights": "none"})
+    with torch.device("meta"), torch.no_grad():  # shapes alone, no arithmetic
+        method = create(name, 2, recipe, **options).eval()
+        image = torch.empty(1, 3, recipe.height, recipe.width, dtype=torch.uint8)
+        with FlopCounterMode(display=False) as counter:
+            method.embed(image, "visible")
+    return counter.get_total_flops() // 2
 
 # %% ../nbs/26_grid.ipynb #8ac1d99b
 _VARIED = ("dataset", "trial", "seed", "gallery", "noise")  # no step takes longer by it
@@ -338,10 +356,11 @@ def step_cost(
         if found:
             seconds = pd.Series([step_seconds(r) for r in found]).median()
             return seconds, f"{basis}, {_devices(found)}"
-    work = step_work(decides["recipe"])
-    rates = [step_seconds(r) / step_work(r["parameters"]["recipe"]) for r in records]
-    basis = f"estimated by multiply-adds, {_devices(records)}"
-    return work * pd.Series(rates, dtype=float).median(), basis
+    name = decides["method"]
+    others = [r for r in records if r["parameters"]["method"] == name] or records
+    rates = [step_seconds(r) / step_work(r["parameters"]) for r in others]
+    basis = f"estimated by multiply-adds, {_devices(others)}"
+    return step_work(decides) * pd.Series(rates, dtype=float).median(), basis
 
 
 def _devices(records: Iterable[Mapping[str, Any]]) -> str:
@@ -403,6 +422,14 @@ def plan_text(
     more = f" and {unknown} of unknown length" if unknown else ""
     left = f"{hours:.1f} h, {hours / at_once:.1f} h with {at_once} at a time{more}"
     return "\n".join([*lines, f"{len(table)} runs: {kept}. Left: {left}."])
+
+# %% ../nbs/26_grid.ipynb #a0de7c1a
+def timed_records(
+    folder: Path | str | None = None,  # data/records if None
+) -> list[dict[str, Any]]:
+    """What costs are read from: the kept records, and two steps at the paper's size."""
+    folder = Path(folder or records_folder())
+    return load_records(folder) + load_records(folder / "paper_size")
 
 # %% ../nbs/26_grid.ipynb #97dfa271
 def last_error(notebook: Path | str) -> str:
@@ -511,7 +538,7 @@ def main(words: Sequence[str] | None = None) -> None:
         except ValueError as error:
             parser.exit(1, f"{error}\n")
         return
-    chosen, records = jobs(given.preset, given.study), load_records()
+    chosen, records = jobs(given.preset, given.study), timed_records()
     done = [record["id"] for record in records]
     by_verb = {"jobs": job_lines(chosen, done), "plan": [plan_text(plan(chosen, records))]}
     print("\n".join(by_verb[given.verb]))

@@ -4,11 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from papermill.cli import _resolve_type
-from PIL import Image
 
 from afen import grid
 from afen.backbone import count_parameters
@@ -67,6 +65,8 @@ def test_order_is_by_group_then_seed():
 
 def test_the_preset_alone_leads_to_real_data():
     rows = grid.jobs("paper")
+    assert {job.seed for job in rows} == {0}
+    assert {job.seed for job in grid.jobs("paper", ["ablation"])} == {0, 1, 2}
     assert len(rows) == len(grid.runs_of(rows)) == 8 * (1 + 10)
     assert {job.decides["preset"] for job in rows} == {"paper"}
     ablation = grid.jobs("paper", ["ablation"], seeds=[0, 1])
@@ -134,19 +134,31 @@ def test_differences_are_paired_by_seed():
     assert (stable.difference == -0.1).all()
 
 
-def test_the_ablation_is_what_the_records_give(tmp_path):
-    """Figures and tables in figures/ are those of the kept records, and no others."""
+@pytest.mark.parametrize("name, wrong, right", [
+    ("claims", "kep", "kept"), ("ablation", "recods", "records"),
+])  # fmt: skip
+def test_an_unknown_parameter_stops_a_page(tmp_path, name, wrong, right):
     papermill = Path(sys.executable).with_name("papermill")
-    words = [papermill, "--no-progress-bar", "nbs/ablation.ipynb", tmp_path / "out.ipynb"]
-    words += ["-p", "out", tmp_path / "figures"]
+    words = [papermill, "--no-progress-bar", f"nbs/{name}.ipynb", tmp_path / "out.ipynb"]
+    words += ["-p", wrong, "x"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    made = {path.name: path for path in (tmp_path / "figures").iterdir()}
-    kept = {path.name: path for path in (ROOT / "figures").glob("*ablation*")}
-    assert set(made) == set(kept)
-    for name, path in made.items():
-        if path.suffix == ".png":
-            one, two = (np.asarray(Image.open(p).convert("L"), int) for p in (path, kept[name]))
-            assert one.shape == two.shape and abs(one - two).mean() < 1, name
-        else:
-            assert path.read_bytes() == kept[name].read_bytes(), name
+    assert done.returncode != 0 and f"did you mean '{right}'" in done.stderr
+
+
+def test_the_plan_knows_each_method_by_its_own_network():
+    """PMT's transformer grows faster than a ResNet, DART has two networks."""
+    rows = {
+        (job.label, preset): job.decides
+        for preset in ("pocket", "paper")
+        for job in grid.jobs(preset, ["rows"])
+    }
+    work = {name: grid.step_work(decides) for name, decides in rows.items()}
+    growth = {n: work[n, "paper"] / work[n, "pocket"] for n in ("agw", "pmt")}
+    assert growth["pmt"] > 3 * growth["agw"]
+    assert 1.9 < work["dart", "pocket"] / work["agw", "pocket"] < 2.1
+
+
+def test_two_steps_at_the_papers_size_price_every_row():
+    plan = grid.plan(grid.jobs("paper"), grid.timed_records())
+    assert plan["basis"].str.startswith("measured").all()
+    assert (plan["s/step"] > 0).all()

@@ -550,8 +550,8 @@ def test_a_committed_page_says_what_the_records_give(made, name):
 
 DRAWN = ["table1.*", "smoke_pocket*", "smoke_paper_size.csv"]  # by RESULTS, compared here
 ELSEWHERE = {  # where the others are compared, or why they cannot be
-    "smoke_ablation*": "tests/test_grid.py runs the ablation again",
-    "smoke_claims*": "made from the probes by claims; not compared yet",
+    "smoke_ablation*": "tests/test_workflow.py makes them again",
+    "smoke_claims*": "tests/test_workflow.py makes them again",
     "smoke_ranked_lists.*": "the demo's pictures: of its weights, which no record holds",
 }
 

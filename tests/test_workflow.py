@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -9,13 +10,16 @@ import time
 from functools import cache
 from pathlib import Path
 
+import nbformat
 import psutil
 import pytest
+from test_tables import differing
 
 from afen import grid
 from afen.core import digest
 from afen.people import write_tree
 from afen.records import fingerprint, new_record, read_record, score_entry
+from afen.tables import write_block
 
 ROOT = Path(__file__).resolve().parent.parent
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
@@ -33,11 +37,12 @@ def project(folder):
     return folder
 
 
-def words(*targets, profile="local", preset="pocket"):
+def words(*targets, profile="local", **config):
     """The command that `make reproduce` runs."""
+    given = [f"{k}={v}" for k, v in ({"preset": "pocket"} | config).items()]
     return [
         str(SNAKEMAKE), *targets, "--snakefile", "workflow/Snakefile",
-        "--profile", f"workflow/profiles/{profile}", "--config", f"preset={preset}",
+        "--profile", f"workflow/profiles/{profile}", "--config", *given,
     ]  # fmt: skip
 
 
@@ -113,6 +118,97 @@ def test_the_plan_on_real_data_for_a_cluster(tmp_path):
     assert len(listed) == len(grid.METHODS) * (1 + 10)
     assert sum(name.startswith("sysu-") for name in listed) == len(grid.METHODS)
     assert all("estimated by multiply-adds, cpu: " in cost for cost in listed.values())
+
+
+def test_who_has_one_data_set_gets_its_runs_and_all_pages(tmp_path):
+    folder = project(tmp_path)
+    done = call(folder, "-n", preset="paper", datasets="regdb")
+    assert done.returncode == 0, done.stdout[-2000:]
+    listed = planned(done.stdout)
+    assert len(listed) == len(grid.METHODS) * 10
+    assert all(name.startswith("regdb-") for name in listed)
+    for page in ("ablation", "claims", "table1", "decisions", "index"):
+        assert f"runs/reproduce/{page}.ipynb: tables" in done.stdout
+    nothing = call(folder, "-n", preset="paper", datasets="none").stdout
+    assert not planned(nothing) and "runs/reproduce/table1.ipynb: tables" in nothing
+    wrong = call(folder, "-n", preset="paper", datasets="regbd")
+    assert wrong.returncode != 0 and "did you mean 'regdb'" in wrong.stdout
+
+
+def test_a_run_of_another_study_is_probed_when_it_is_trained(tmp_path):
+    done = call(project(tmp_path), "-n", "-p", studies="rows")
+    for job in grid.jobs(studies=["rows"]):
+        probed = f"afen.probes runs/{job.id} " in done.stdout
+        assert probed == (job.label == "afen"), job.id
+
+
+def test_weights_at_hand_are_probed_before_the_claims_are_made(tmp_path):
+    folder = project(tmp_path)
+    jobs = [job for job in grid.jobs(studies=["ablation"]) if job.label == "WRT"]
+    for job in jobs:
+        finish(job, folder / "data" / "records")
+    (folder / "runs" / jobs[0].id).mkdir(parents=True)
+    (folder / "runs" / jobs[0].id / "weights.safetensors").touch()
+    done = call(folder, "-n", "runs/reproduce/claims.ipynb", datasets="none")
+    ending = ": what the claims ask of its network"
+    lines = [line for line in done.stdout.splitlines() if line.endswith(ending)]
+    assert len(lines) == 1 and jobs[0].id in lines[0]
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory):
+    """A copy without figures and without the README's block, in which both are made."""
+    copy = tmp_path_factory.mktemp("copy")
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, names.stdout.split("\0")):
+        if (ROOT / name).is_file() and not name.startswith("figures/"):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
+    write_block(copy / "README.md", "state", "deleted")
+    environment = os.environ | {"PYTHONPATH": str(copy)}
+    where = [sys.executable, "-c", "import afen; print(afen.__file__)"]
+    found = subprocess.run(where, cwd=copy, env=environment, capture_output=True, text=True)
+    assert Path(found.stdout).is_relative_to(copy), "the package is not the copy's"
+    begun, used = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        words(datasets="none"), cwd=copy, env=environment, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:]
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    print(f"all pages: {spent:.0f} s of processors, {time.time() - begun:.0f} s by the clock")
+    assert spent < 180
+    return copy
+
+
+@pytest.mark.parametrize("pattern", [
+    "smoke_ablation*", "smoke_claims*", "smoke_pocket*", "smoke_paper_size*", "table1*",
+])  # fmt: skip
+def test_deleted_figures_are_made_again(reproduced, pattern):
+    """From the committed records: equal bytes, and nearly equal pixels of pictures."""
+    assert differing(reproduced / "figures", ROOT / "figures", pattern) == []
+
+
+def test_the_deleted_block_is_made_again(reproduced):
+    assert (reproduced / "README.md").read_bytes() == (ROOT / "README.md").read_bytes()
+
+
+def said(path):
+    """What a notebook's cells print, and their tables."""
+    book = nbformat.read(path, as_version=4)
+    outputs = [o for cell in book.cells for o in cell.get("outputs", [])]
+    printed = "".join(o.text for o in outputs if o.output_type == "stream")
+    kinds = ("text/html", "text/markdown")
+    shown = [o.data[kind] for o in outputs if "data" in o for kind in kinds if kind in o.data]
+    return [line for line in printed.splitlines() if line], shown
+
+
+@pytest.mark.parametrize("name", ["ablation", "claims"])
+def test_a_committed_page_says_what_the_records_give(reproduced, name):
+    made = said(reproduced / "runs" / "reproduce" / f"{name}.ipynb")
+    assert made[1] and made == said(ROOT / "nbs" / f"{name}.ipynb")
 
 
 @pytest.fixture(scope="module")
