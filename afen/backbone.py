@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEPTHS', 'MODALITIES', 'STAGES', 'Factory', 'load_resnet', 'read_state', 'make_stem', 'keep_resolution', 'insert',
-           'DualResNet', 'GeM', 'Head', 'count_parameters', 'count_multiply_adds']
+           'DualResNet', 'GeM', 'make_neck', 'Head', 'count_parameters', 'count_multiply_adds']
 
 # %% ../nbs/10_backbone.ipynb #2d3ae4cd
 from collections.abc import Callable, Mapping
@@ -187,6 +187,14 @@ class GeM(nn.Module):
         mean = x.clamp(min=0).pow(self.p).mean(dim=(2, 3))  # [B, C]
         return (mean + self.eps).pow(1 / self.p)
 
+# %% ../nbs/10_backbone.ipynb #ab42d500
+def make_neck(channels: int) -> nn.BatchNorm1d:
+    """A batch-norm neck, [B, C] -> [B, C], initialised as in the released AGW."""
+    neck = nn.BatchNorm1d(channels)
+    nn.init.normal_(neck.weight, 1.0, 0.01)
+    neck.bias.requires_grad_(False)  # a shift would tilt the classifier
+    return neck
+
 # %% ../nbs/10_backbone.ipynb #6bce3e02
 class Head(nn.Module):
     """Pooling, batch-norm neck and classifier, initialised as in the released AGW."""
@@ -199,9 +207,7 @@ class Head(nn.Module):
     ):
         super().__init__()
         self.pool = pool or GeM()
-        self.neck = nn.BatchNorm1d(channels)
-        nn.init.normal_(self.neck.weight, 1.0, 0.01)
-        self.neck.bias.requires_grad_(False)  # a shift would tilt the classifier
+        self.neck = make_neck(channels)
         self.classifier = nn.Linear(channels, n_identities, bias=False)
         nn.init.normal_(self.classifier.weight, 0.0, 0.001)
 

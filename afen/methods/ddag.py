@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..augment import normalise, to_float
-from ..backbone import DualResNet, Head
+from ..backbone import DualResNet, Head, make_neck
 from ..core import Parameter
 from ..losses import batch_hard_triplet, identity_loss
 from ..method import POCKET, Method, Recipe
@@ -37,9 +37,7 @@ class IWPA(nn.Module):
         project = {name: nn.Conv2d(channels, channels, 1) for name in names}
         self.project = nn.ModuleDict(project)
         self.gate = nn.Parameter(torch.full((parts,), 1 / parts))
-        self.neck = nn.BatchNorm1d(channels)
-        nn.init.normal_(self.neck.weight, 1.0, 0.01)
-        self.neck.bias.requires_grad_(False)
+        self.neck = make_neck(channels)
 
 # %% ../../nbs/methods/ddag.ipynb #1e4eb854
 @patch

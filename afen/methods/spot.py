@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..augment import draw_placement, erase, normalise, place, place_joints, to_float
-from ..backbone import DualResNet, Head
+from ..backbone import DualResNet, Head, make_neck
 from ..core import Parameter
 from ..losses import batch_hard_triplet, full_precision, identity_loss
 from ..method import POCKET, Method, Recipe
@@ -197,9 +197,7 @@ class SPOT(Method):
         self.structure = Structure(channels // 4, channels // 16)
         self.asr, self.tpi = ASR(channels), TPI(channels, channels // 8)
         self.head = Head(channels, n_identities)  # pools and reads ASR's map
-        self.part_neck = nn.BatchNorm1d(channels)
-        nn.init.normal_(self.part_neck.weight, 1.0, 0.01)
-        self.part_neck.bias.requires_grad_(False)
+        self.part_neck = make_neck(channels)
         self.balance = nn.Parameter(torch.zeros(()))
 
 # %% ../../nbs/methods/spot.ipynb #09f4eff6
