@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from afen import people, probes
@@ -222,8 +223,11 @@ def edited(folder, tmp_path, **changes):
 
 def test_weights_of_another_run_are_refused(run, tmp_path):
     folder, root = run
-    with pytest.raises(ValueError, match="do not move files"):
-        probes.open_run(edited(folder, tmp_path, id="another"), root)
+    (tmp_path / "record.json").write_bytes((folder / "record.json").read_bytes())
+    weights = load_file(folder / "weights.safetensors")
+    save_file(weights, tmp_path / "weights.safetensors", {"run": "another"})
+    with pytest.raises(ValueError, match="belong to run another.*do not move files"):
+        probes.open_run(tmp_path, root)
 
 
 def test_a_failed_run_is_refused(run, tmp_path):
