@@ -419,7 +419,6 @@ ALLOWED = {  # what may hold such a number, and why
     "code, or what to type": r"^```[\s\S]*?^```|`[^`\n]*`",
     "a formula with more in it than a number": r"\$[^$\n]*[\\=A-Za-z][^$\n]*\$",
     "a version, a size": r"Python \d\.\d+|License \d\.\d|\d+(?:\.\d+)? GB",
-    "a wide range to expect of the demo": r"between 50 and 70 per\s+cent",
 }
 NUMBER = r"\d+\.\d+"
 SCORE = rf"{NUMBER}|\d+\s*(?:%|per\s+cent|percent|points?\b)"
