@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['DEPTHS', 'MODALITIES', 'STAGES', 'Factory', 'load_resnet', 'read_state', 'make_stem', 'keep_resolution', 'insert',
-           'DualResNet', 'GeM', 'make_neck', 'Head', 'count_parameters', 'count_multiply_adds']
+           'DualResNet', 'GeM', 'make_neck', 'Head', 'count_parameters', 'count_multiply_adds', 'conv_cost',
+           'stage_cost']
 
 # %% ../nbs/10_backbone.ipynb #2d3ae4cd
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -230,3 +232,30 @@ def count_multiply_adds(module: nn.Module, *inputs: Tensor) -> int:
         module.eval()(*inputs)
     module.train(was_training)
     return counter.get_total_flops() // 2
+
+# %% ../nbs/10_backbone.ipynb #1e246833
+def conv_cost(
+    inside: int,  # channels
+    outside: int,
+    size: int,  # of the square kernel
+    positions: int,  # of the map that it writes
+) -> np.ndarray:
+    """Parameters and multiply-adds [2] of a convolution without bias and its batch norm."""
+    weights = inside * outside * size**2
+    return np.array([weights + 2 * outside, weights * positions])
+
+
+def stage_cost(
+    inside: int,  # channels
+    width: int,  # inner channels of a bottleneck, a quarter of the outer
+    blocks: int,
+    before: int,  # positions of the map before the stride
+    after: int,
+) -> np.ndarray:
+    """Parameters and multiply-adds [2] of a stage of bottlenecks."""
+    total = conv_cost(inside, 4 * width, 1, after)  # the projection
+    for block in range(blocks):
+        entry, seen = (4 * width, after) if block else (inside, before)
+        total += conv_cost(entry, width, 1, seen) + conv_cost(width, width, 3, after)
+        total += conv_cost(width, 4 * width, 1, after)
+    return total
