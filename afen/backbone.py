@@ -240,7 +240,7 @@ def conv_cost(
     size: int,  # of the square kernel
     positions: int,  # of the map that it writes
 ) -> np.ndarray:
-    """Parameters and multiply-adds [2] of a convolution without bias and its batch norm."""
+    """Parameters and multiply-adds [2] of a convolution and its batch norm, no bias."""
     weights = inside * outside * size**2
     return np.array([weights + 2 * outside, weights * positions])
 

@@ -243,7 +243,7 @@ class FEM(nn.Module):
         down: str = "depthwise",  # or "average": how P is made (F4)
         down_kernel: int = 3,  # of P, odd (F4)
         up: str = "bilinear",  # or "nearest": how Q is made (F5)
-        sites: str = "fanet",  # GELU and norms in CE and FRM; "bare": none (F6)
+        sites: str = "fanet",  # GELU and norms inside; "bare": none (F3, F6)
         fuse: str = "none",  # or "scm", "skip" (F8)
         join: str = "residual_zero",  # or "residual", "replace" (F9)
         ratio: int = 4,  # hidden width of ConvMLP over C; 0 leaves it out (F10)

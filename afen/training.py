@@ -183,10 +183,12 @@ def estimate(
 def health(
     losses: dict[str, float],  # an epoch's mean losses
     n_identities: int,
-    warmup: int,  # epochs during which nothing is expected
+    recipe: Recipe,
     epoch: int,  # from 0
 ) -> list[str]:
     """What looks wrong after an epoch, one sentence each; empty if nothing does.
+
+    Nothing is expected of the first epoch, nor of the recipe's warm-up.
 
     Raises FloatingPointError when a loss is not a finite number.
     """
@@ -197,7 +199,7 @@ def health(
                 "rate (-p lr), bound the gradient (-p clip 5), or use -p precision "
                 "float32."
             )
-    if epoch < max(1, warmup):
+    if epoch == 0 or recipe.moment(epoch) < recipe.warmup:
         return []
     chance, said = math.log(n_identities), []
     guesses = [v for name, v in losses.items() if name.startswith("identity")]
@@ -359,7 +361,7 @@ def _one_epoch(self: Run, epoch: int, bar: Any) -> dict[str, float]:
         self.method, self.optimiser, self.stream(epoch), epoch, self.precision,
         self.seed, bar,
     )  # fmt: skip
-    said = health(losses, self.method.n_identities, recipe.warmup, epoch)
+    said = health(losses, self.method.n_identities, recipe, epoch)
     for sentence in said:
         tqdm.write(f"warning: {sentence}")
     self.warnings += said

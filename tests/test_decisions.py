@@ -71,10 +71,11 @@ def test_every_citation_is_in_a_log():
     assert not lost, lost
 
 
-def test_every_decision_leads_to_a_heading():
+def test_every_decision_leads_to_a_heading_of_a_notebook_that_cites_it():
     for entry in entries("decisions"):
         notebook, heading = entry["see"]
         assert heading in headings(NBS / notebook), entry["id"]
+        assert entry["id"] in cited("\n".join(map(source, cells(NBS / notebook))))
 
 
 @pytest.mark.parametrize("name", LOGS)
