@@ -42,7 +42,8 @@ lab: install  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
 
 reproduce: install  ## make every missing run, then all tables and figures
-	@rm -rf runs/reproduce  # pages are made anew: their figures may have been deleted
+	@# pages are made anew, as their figures may have been deleted; a dry run deletes nothing
+	@$(if $(filter -n --dry-run --dryrun,$(ARGS)),,rm -rf runs/reproduce)
 	@$(BIN)/snakemake $(ARGS) --snakefile workflow/Snakefile \
 	  --profile workflow/profiles/$(PROFILE) \
 	  --config preset=$(PRESET) $(if $(STUDIES),studies="$(STUDIES)") \

@@ -401,7 +401,7 @@ def check_sampler(
     if len(sampler.able) < sampler.n_identities:
         raise ValueError(
             f"A batch needs {sampler.n_identities} identities and the training table "
-            f"has {len(sampler.able)}: lower n_identities or add identities."
+            f"has {len(sampler.able)}: lower -p identities, or add people."
         )
     for name, own in sampler.own.items():
         counts = own.counts[sampler.able]

@@ -121,8 +121,12 @@ def method_class(name: str) -> type[Method]:
     """The class of a method. Raises ValueError naming the nearest if unknown."""
     nearest(name, names(), "method")
     module = importlib.import_module(f"afen.methods.{name}")
-    found = vars(module).values()
-    return next(c for c in found if isinstance(c, type) and vars(c).get("name") == name)
+    for found in vars(module).values():
+        if isinstance(found, type) and vars(found).get("name") == name:
+            return found
+    raise ValueError(
+        f"Module afen/methods/{name}.py has no class with name = {name!r}: give it one."
+    )
 
 # %% ../nbs/14_method.ipynb #feb56e7a
 def create(

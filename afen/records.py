@@ -44,12 +44,13 @@ def run_status(
     dataset: str,
     preset: str,
     rendered: bool,  # whether the images were rendered by `people`
-    reduced: Iterable[str],  # which of the recipe's parameters were lowered
+    reduced: Iterable[str],  # what departs: parameters, counts of the copy
 ) -> str:
     """The status of a run that finished: "smoke", "partial" or "reproduced"."""
     if rendered or dataset.startswith("pocket-"):
         return "smoke"
-    return "partial" if preset != "paper" or list(reduced) else "reproduced"
+    whole = preset == "paper" and dataset != "folder" and not list(reduced)
+    return "reproduced" if whole else "partial"
 
 # %% ../nbs/22_records.ipynb #88b2f92f
 _TEXT, _NUMBER = {"type": "string"}, {"type": "number"}

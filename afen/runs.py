@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'PAGE_WIDTH', 'injected', 'Plan', 'make_plan',
-           'change_recipe', 'Data', 'open_data', 'start', 'data_key', 'score', 'score_table', 'one_line',
+           'change_recipe', 'Data', 'open_data', 'departures', 'start', 'data_key', 'score', 'score_table', 'one_line',
            'begin_record', 'end_record', 'save_weights', 'draw', 'ranked', 'finished', 'carry_out', 'pictures',
            'page_records', 'page_scores', 'report']
 
@@ -27,11 +27,13 @@ from afen.core import (
     Parameter,
     check_parameters,
     digest,
+    nearest,
     pick_device,
     project_root,
     seed_everything,
+    shown,
 )
-from .datasets import NAMES, Split, load, summary, with_noise
+from .datasets import NAMES, Split, load, summary, verify, with_noise
 from afen.evaluation import (
     Scores,
     average,
@@ -144,10 +146,18 @@ def make_plan(given: Mapping[str, Any]) -> Plan:
     if p["preset"] == "auto":
         p["preset"] = "pocket" if p["dataset"].startswith("pocket-") else "paper"
     kind, changes = method_class(p["method"]), {k: p[k] for k in CHANGES}
+    nearest(p["preset"], kind.recipes, f"preset of {kind.name}")
     recipe = change_recipe(kind.recipes[p["preset"]], changes)
     named = {k: p[k] for k in SWITCHES if k != "options" and p[k] is not None}
     options = kind.defaults | named | p["options"]
     check_parameters(options, kind.switches)
+    pick_device(p["device"])  # one that is not there is refused here
+    weights = recipe.weights
+    if weights not in ("imagenet", "none") and not Path(weights).is_file():
+        raise ValueError(
+            f"weights is {weights!r}, which is no file: use imagenet, none, or the path "
+            "of a torchvision state dict."
+        )
     changed = [k for k in (*CHANGES, "steps") if p[k] is not None]
     changed += ["noise"] if p["noise"] else []
     changed += [k for k, v in options.items() if v != kind.defaults[k]]
@@ -172,6 +182,7 @@ class Data:
     train: PackedImages  # row for row with split.train
     test: PackedImages  # row for row with split.test
     rendered: bool  # whether `people` made them
+    odd: tuple[str, ...] = ()  # where the copy departs from the published counts
 
     def describe(self, key: str) -> dict[str, Any]:
         """What a record says of the data."""
@@ -191,18 +202,51 @@ class Data:
 def open_data(plan: Plan) -> Data:
     """Load the split, make labels wrong if asked to, pack images at the recipe's size.
 
-    Joints are found where the method needs them and the data have none. Raises
-    FileNotFoundError when data or detector are not there, ValueError when an image
-    cannot be read; each says what to do.
+    A copy that is not whole is used, and said. Joints are found where the method needs
+    them and the data have none. Raises FileNotFoundError when data or detector are not
+    there, ValueError when a switch of a module is wrong or an image cannot be read; each
+    says what to do.
     """
-    p, size = plan.parameters, (plan.recipe.height, plan.recipe.width)
+    p = plan.parameters
+    with torch.device("meta"):  # a wrong switch is refused before images are read
+        create(p["method"], 2, replace(plan.recipe, weights="none"), **plan.options)
     split = load(p["dataset"], p["root"], p["trial"], p["gallery"], p["seed"])
     rendered = "x0" in split.train
+    odd = () if rendered else departures(p["dataset"], p["root"])
+    for sentence in odd:
+        print(f"warning: {sentence}")
     split = with_noise(split, p["noise"], p["seed"])
-    train, test = (pack(split.root, t.path, size) for t in (split.train, split.test))
+    train, test = _pack_both(split, (plan.recipe.height, plan.recipe.width))
     if method_class(p["method"]).needs_joints:
         split = with_joints(split, train, pick_device(p["device"]))
-    return Data(split, train, test, rendered)
+    return Data(split, train, test, rendered, odd)
+
+
+def departures(dataset: str, root: str | None) -> tuple[str, ...]:
+    """Where a copy departs from the published counts, a sentence each."""
+    if dataset == "folder" or dataset.startswith("pocket-"):
+        return ()
+    report = verify(dataset, root)
+    return tuple(
+        f"{row.what}: {row.found} in this copy, {row.expected} published"
+        for row in report[~report.ok].itertuples()
+    )
+
+
+def _pack_both(
+    split: Split,
+    size: tuple[int, int],  # height, width
+) -> list[PackedImages]:
+    """The training and the test images; ValueError names all that are unreadable."""
+    packed, said = [], []
+    for table in (split.train, split.test):
+        try:
+            packed.append(pack(split.root, table.path, size))
+        except ValueError as error:
+            said.append(str(error))
+    if said:
+        raise ValueError("\n".join(said))
+    return packed
 
 # %% ../nbs/25_runs.ipynb #f75d3d22
 def start(plan: Plan, data: Data) -> Run:
@@ -229,9 +273,9 @@ def start(plan: Plan, data: Data) -> Run:
     )
     if run.epoch:
         print(f"Going on from epoch {run.epoch} (-p resume False starts again).")
-    left = plan.recipe.epochs - run.epoch
-    cost = estimate(run.seconds, run.steps, left)
-    print(f"{run.device.type}, {run.precision}: about {cost}")
+    if left := plan.recipe.epochs - run.epoch:
+        cost = estimate(run.seconds, run.steps, left)
+        print(f"{run.device.type}, {run.precision}: about {cost}")
     return run
 
 
@@ -277,11 +321,21 @@ def one_line(scores: Mapping[str, list[Scores]]) -> str:
 
 # %% ../nbs/25_runs.ipynb #d260569f
 def begin_record(plan: Plan, data: Data) -> dict[str, Any]:
-    """Write the record of a run that has begun, and have the notebook kept."""
+    """Note in the folder that a run has begun, and have the notebook kept.
+
+    The record of a finished run stays until the new one ends. Raises ValueError when it
+    is that of another run.
+    """
     plan.folder.mkdir(parents=True, exist_ok=True)
-    record = new_record(plan.decides(), data.describe(data_key(data)))
-    write_record(record, plan.folder)
-    keep_notebook(plan.folder)
+    record, path = new_record(plan.decides(), data.describe(data_key(data))), plan.folder
+    there = read_record(path / "record.json") if (path / "record.json").exists() else None
+    if there and there["id"] != record["id"]:
+        raise ValueError(
+            f"Folder {shown(path)} holds the run {there['id']}: use another -p out."
+        )
+    if there is None or there["status"] == "failed":
+        write_record(record, path)
+    keep_notebook(path)
     return record
 
 
@@ -291,11 +345,12 @@ def end_record(
 ) -> Path:  # fmt: skip
     """Replace the record by that of the finished run; returns its path."""
     p, split = plan.parameters, data.split
-    status = run_status(p["dataset"], p["preset"], data.rendered, plan.changed)
+    reduced = (*plan.changed, *data.odd)
+    status = run_status(p["dataset"], p["preset"], data.rendered, reduced)
     seconds = sum(row["seconds"] for row in run.rows)
     record |= {
         "status": status,
-        "reason": "; ".join([*_why(plan, status), *run.warnings]),
+        "reason": "; ".join([*_why(plan, status), *data.odd, *run.warnings]),
         "scores": {s: _entry(s, each, split) for s, each in scores.items()},
         "history": rounded(run.rows),
         "machine": machine(run.device, seconds, run.precision),
@@ -307,6 +362,8 @@ def _why(plan: Plan, status: str) -> list[str]:
     """Why a run is no more than it is."""
     if status == "smoke":
         return ["rendered data"]
+    if plan.parameters["dataset"] == "folder":
+        return ["own images"]
     return [f"changed: {', '.join(plan.changed)}"] if plan.changed else []
 
 
@@ -324,10 +381,14 @@ def _entry(setting: str, each: list[Scores], split: Split) -> dict[str, Any]:
 
 # %% ../nbs/25_runs.ipynb #be384e1e
 def save_weights(method: Method, folder: Path, identity: str) -> Path:
-    """Write the method's weights as safetensors, with the run's name inside."""
+    """Write the method's weights as safetensors, with the run's name inside.
+
+    The checkpoint has done its work and goes: the next run of the name starts anew.
+    """
     path = folder / "weights.safetensors"
     state = {k: v.detach().cpu().contiguous() for k, v in method.state_dict().items()}
     save_file(state, path, metadata={"run": identity, "method": method.name})
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
     return path
 
 # %% ../nbs/25_runs.ipynb #c6ced4bb
@@ -404,8 +465,8 @@ def finished(plan: Plan) -> Path:
 def carry_out(plan: Plan) -> None:
     """Train, score and draw, as `train.ipynb` does cell by cell."""
     data = open_data(plan)
-    record = begin_record(plan, data)
     run = start(plan, data)
+    record = begin_record(plan, data)
     metrics = run.fit(progress=False)
     features, scores = score(plan, data, run)
     end_record(record, plan, data, run, scores)

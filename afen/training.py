@@ -265,9 +265,8 @@ class Run:
     """One training: what it needs, where it stands, and how to go on.
 
     `fit` trains to the recipe's last epoch. With `folder`, each epoch leaves
-    `checkpoint.pt` and `metrics.csv` there, and `resume=True` goes on from a checkpoint
-    that is not yet at the end: the result is the same, bit for bit, on the same machine
-    in the same precision.
+    `checkpoint.pt` and `metrics.csv` there, and `resume=True` goes on from a checkpoint:
+    the result is the same, bit for bit, on the same machine in the same precision.
     """
 
     def __init__(
@@ -390,12 +389,9 @@ def _save(self: Run) -> None:
 
 @patch
 def _saved(self: Run) -> dict[str, Any] | None:
-    """The checkpoint in the folder, if it has epochs left to train."""
+    """The checkpoint in the folder, if there is one."""
     path = self.folder / "checkpoint.pt" if self.folder else None
-    if path is None or not path.exists():
-        return None
-    state = load_checkpoint(path, self.key)
-    return state if state["epoch"] < self.method.recipe.epochs else None
+    return load_checkpoint(path, self.key) if path and path.exists() else None
 
 
 @patch

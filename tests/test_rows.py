@@ -31,8 +31,8 @@ def trees(tmp_path_factory):
     return {name: write_tree(name, folder / name, **size) for name in LAYOUTS}
 
 
-def test_the_rows_are_the_table():
-    assert set(names()) == set(published()["method"])
+def test_every_row_of_the_table_is_a_method():
+    assert set(names()) >= set(published()["method"])
 
 
 @pytest.mark.parametrize("place, method", list(enumerate(names())), ids=str)
