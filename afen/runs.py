@@ -155,7 +155,7 @@ def make_plan(given: Mapping[str, Any]) -> Plan:
     weights = recipe.weights
     if weights not in ("imagenet", "none") and not Path(weights).is_file():
         raise ValueError(
-            f"weights is {weights!r}, which is no file: use imagenet, none, or the path "
+            f"Weights file {weights} does not exist: use imagenet, none, or the path "
             "of a torchvision state dict."
         )
     changed = [k for k in (*CHANGES, "steps") if p[k] is not None]
