@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'PAGE_WIDTH', 'injected', 'Plan', 'make_plan',
-           'change_recipe', 'Data', 'open_data', 'departures', 'start', 'data_key', 'score', 'score_table', 'one_line',
+           'change_recipe', 'Data', 'departures', 'open_data', 'start', 'data_key', 'score', 'score_table', 'one_line',
            'begin_record', 'end_record', 'save_weights', 'draw', 'ranked', 'finished', 'carry_out', 'pictures',
            'page_records', 'page_scores', 'report']
 
@@ -173,7 +173,7 @@ def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         recipe = recipe.scaled(given.pop("epochs"))
     return replace(recipe, **given)
 
-# %% ../nbs/25_runs.ipynb #768c0c69
+# %% ../nbs/25_runs.ipynb #009b92cc
 @dataclass(frozen=True)
 class Data:
     """A split and its packed images."""
@@ -198,7 +198,34 @@ class Data:
             "test_identities": int(test.identity.nunique()),
         }
 
+# %% ../nbs/25_runs.ipynb #29176024
+def departures(dataset: str, root: str | None) -> tuple[str, ...]:
+    """Where a copy departs from the published counts, a sentence each."""
+    if dataset == "folder" or dataset.startswith("pocket-"):
+        return ()
+    report = verify(dataset, root)
+    return tuple(
+        f"{row.what}: {row.found} in this copy, {row.expected} published"
+        for row in report[~report.ok].itertuples()
+    )
 
+# %% ../nbs/25_runs.ipynb #675fcd88
+def _pack_both(
+    split: Split,
+    size: tuple[int, int],  # height, width
+) -> list[PackedImages]:
+    """The training and the test images; ValueError names all that are unreadable."""
+    packed, said = [], []
+    for table in (split.train, split.test):
+        try:
+            packed.append(pack(split.root, table.path, size))
+        except ValueError as error:
+            said.append(str(error))
+    if said:
+        raise ValueError("\n".join(said))
+    return packed
+
+# %% ../nbs/25_runs.ipynb #58dc7ece
 def open_data(plan: Plan) -> Data:
     """Load the split, make labels wrong if asked to, pack images at the recipe's size.
 
@@ -220,33 +247,6 @@ def open_data(plan: Plan) -> Data:
     if method_class(p["method"]).needs_joints:
         split = with_joints(split, train, pick_device(p["device"]))
     return Data(split, train, test, rendered, odd)
-
-
-def departures(dataset: str, root: str | None) -> tuple[str, ...]:
-    """Where a copy departs from the published counts, a sentence each."""
-    if dataset == "folder" or dataset.startswith("pocket-"):
-        return ()
-    report = verify(dataset, root)
-    return tuple(
-        f"{row.what}: {row.found} in this copy, {row.expected} published"
-        for row in report[~report.ok].itertuples()
-    )
-
-
-def _pack_both(
-    split: Split,
-    size: tuple[int, int],  # height, width
-) -> list[PackedImages]:
-    """The training and the test images; ValueError names all that are unreadable."""
-    packed, said = [], []
-    for table in (split.train, split.test):
-        try:
-            packed.append(pack(split.root, table.path, size))
-        except ValueError as error:
-            said.append(str(error))
-    if said:
-        raise ValueError("\n".join(said))
-    return packed
 
 # %% ../nbs/25_runs.ipynb #f75d3d22
 def start(plan: Plan, data: Data) -> Run:
