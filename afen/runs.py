@@ -275,7 +275,7 @@ def start(plan: Plan, data: Data) -> Run:
         print(f"Going on from epoch {run.epoch} (-p resume False starts again).")
     if left := plan.recipe.epochs - run.epoch:
         cost = estimate(run.seconds, run.steps, left)
-        print(f"{run.device.type}, {run.precision}: about {cost}")
+        print(f"{run.device.type}, {run.computed_in}: about {cost}")
     return run
 
 
@@ -353,7 +353,7 @@ def end_record(
         "reason": "; ".join([*_why(plan, status), *data.odd, *run.warnings]),
         "scores": {s: _entry(s, each, split) for s, each in scores.items()},
         "history": rounded(run.rows),
-        "machine": machine(run.device, seconds, run.precision),
+        "machine": machine(run.device, seconds, run.computed_in),
     }
     return write_record(record, plan.folder)
 

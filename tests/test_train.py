@@ -1,6 +1,7 @@
 """train.ipynb as people run it: through papermill's command line, on written trees."""
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -10,10 +11,12 @@ import nbformat
 import pandas as pd
 import psutil
 import pytest
+import torch
 from safetensors import safe_open
 
 from afen.people import write_tree
 from afen.records import read_record
+from afen.training import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERMILL = Path(sys.executable).with_name("papermill")
@@ -52,6 +55,20 @@ def train(folder, **parameters):
 
 def last_line(process):
     return process.stderr.strip().splitlines()[-1]
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, key="a", epoch=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # a disk soon full
+    try:
+        with pytest.raises(OSError, match="could not be written, .* MB are free there"):
+            save_checkpoint(path, key="a", epoch=2, weights=torch.zeros(10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load_checkpoint(path, "a")["epoch"] == 1
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("dataset", SETTINGS)
