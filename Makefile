@@ -55,4 +55,6 @@ notebooks: install  ## export the modules, run every notebook, clean them
 	$(BIN)/nbdev_clean
 
 clean:  ## forget runs, rendered and packed images; keep data that users brought
-	rm -rf runs/* data/pocket data/packed
+	rm -rf runs/* data/pocket
+	@# joints are kept: they may be yours
+	test ! -d data/packed || find data/packed -type f ! -name joints.csv -delete

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -235,13 +236,27 @@ def two_runs(tree, methods, trials=(1, 1), **changes):
     return [*records, "--cores", "1", "--configfile", str(config)], records
 
 
-def test_a_killed_workflow_goes_on_where_it_stopped(tree, tmp_path):
+def kill(process):
+    """Kill a process and all that it has started."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    for one in (process, *map(psutil.Process, [p.pid for p in family if p.is_running()])):
+        one.kill()
+
+
+def interrupt(process):
+    """What Ctrl-C in a terminal does."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+@pytest.mark.parametrize("stop", (kill, interrupt))
+def test_a_stopped_workflow_goes_on_where_it_stopped(tree, tmp_path, stop):
     folder = project(tmp_path)
     arguments, records = two_runs(tree, ("agw", "caj"))
     command = words(*arguments, preset="paper")
     process = subprocess.Popen(
         command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )  # fmt: skip
     paths = [folder / record for record in records]
     deadline = time.time() + 600
@@ -255,12 +270,11 @@ def test_a_killed_workflow_goes_on_where_it_stopped(tree, tmp_path):
     while not in_the_second_run():
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.02)
-    family = psutil.Process(process.pid).children(recursive=True)
-    for one in (process, *map(psutil.Process, [p.pid for p in family if p.is_running()])):
-        one.kill()
+    stop(process)
     process.wait()
     kept = next(path for path in paths if path.exists())
     before = kept.read_bytes()
+    assert sum(path.exists() for path in paths) == 1, "an unfinished run was kept"
     done = call(folder, *arguments, preset="paper")
     assert done.returncode == 0, done.stdout[-2000:]
     assert kept.read_bytes() == before, "the finished run was made again"
