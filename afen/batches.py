@@ -11,7 +11,6 @@ __all__ = ['RECIPE', 'JOINT_COLUMNS', 'Decoded', 'decode', 'reason', 'try_decode
 # %% ../nbs/03_batches.ipynb #96d98ad8
 import io
 import os
-import threading
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -252,9 +252,6 @@ def content_key(
     return digest(RECIPE, list(size), list(paths), fingerprints)
 
 # %% ../nbs/03_batches.ipynb #48fba869
-_one_at_a_time = threading.Lock()
-
-
 def pack(
     root: Path | str,  # folder that the paths start from
     paths: Iterable[str],  # files relative to `root`, one for each row
@@ -263,18 +260,21 @@ def pack(
 ) -> PackedImages:
     """Decode and resize all images once; from then on, find them in the cache.
 
-    A cached file that was damaged is written again. Raises ValueError that lists every
-    unreadable image, before anything is used; FileNotFoundError if `root` is missing.
+    Of several callers one packs, the others wait. A damaged file is written again.
+    Raises ValueError that lists every unreadable image, before anything is used;
+    FileNotFoundError if `root` is missing.
     """
     root, paths, size = Path(root), [str(path) for path in paths], tuple(size)
     check_request(root, paths, size)
     folder = project_root() / "data" / "packed" if cache is None else Path(cache)
-    with _one_at_a_time:
-        target = folder / f"{content_key(root, paths, size)}.npy"
-        if not is_intact(target):
-            decoded = decode_all(root, paths, size)
-            write_checked(target, file_parts(decoded, (len(paths), *size, 3)))
-        return PackedImages(target)
+    target = folder / f"{content_key(root, paths, size)}.npy"
+    if not is_intact(target):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f".{target.stem}.lock"):
+            if not is_intact(target):  # another has not packed it meanwhile
+                decoded = decode_all(root, paths, size)
+                write_checked(target, file_parts(decoded, (len(paths), *size, 3)))
+    return PackedImages(target)
 
 # %% ../nbs/03_batches.ipynb #439a7e5c
 def check_request(root: Path, paths: Sequence[str], size: tuple[int, ...]) -> None:

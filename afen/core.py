@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,8 @@ def time_step(
     repeats: int = 2,  # timed runs, after one that warms up
 ) -> float:
     """Seconds of the fastest of `repeats` runs of `step`."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    waits = {"cuda": partial(torch.cuda.synchronize, device), "mps": torch.mps.synchronize}
+    wait = waits.get(device.type, lambda: None)
     step()
     times = []
     for _ in range(repeats):

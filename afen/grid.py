@@ -432,17 +432,17 @@ def timed_records(
     return load_records(folder) + load_records(folder / "paper_size")
 
 # %% ../nbs/26_grid.ipynb #97dfa271
-def last_error(notebook: Path | str) -> str:
-    """The first line of the error that ended an executed notebook; "" if none did."""
+def last_error(notebook: Path | str) -> tuple[str, str]:
+    """Kind and first line of the error that ended a notebook; "" and "" if none did."""
     if not Path(notebook).exists():
-        return ""
+        return "", ""
     outputs = [
         output
         for cell in nbformat.read(notebook, as_version=4).cells
         for output in cell.get("outputs", [])
         if output.output_type == "error"
     ]
-    return outputs[-1].evalue.split("\n")[0] if outputs else ""
+    return (outputs[-1].ename, outputs[-1].evalue.split("\n")[0]) if outputs else ("", "")
 
 
 def keep(
@@ -452,13 +452,17 @@ def keep(
 ) -> Path:
     """Keep the record of a run that has ended, well or not; returns its path.
 
-    Raises ValueError when the run never began.
+    Raises ValueError when the run never began, or may end otherwise the next time: it was
+    killed, or a file could not be written.
     """
-    folder, why = Path(runs) / name, last_error(Path(runs) / f"{name}.ipynb")
+    folder, (kind, why) = Path(runs) / name, last_error(Path(runs) / f"{name}.ipynb")
     if not (folder / "record.json").exists():
         raise ValueError(f"Run {name} did not begin: {why or 'see its log'}")
     record = read_record(folder / "record.json")
-    if record["status"] == "failed" and why:
+    if record["status"] == "failed":
+        if kind in ("", "OSError"):
+            why = why or "it was killed, perhaps for want of memory"
+            raise ValueError(f"Run {name} is not over: {why}. Start it again.")
         write_record(record | {"reason": why}, folder)
     return keep_record(folder, records)
 

@@ -250,7 +250,7 @@ class MultiScale(nn.Module):
 
 # %% ../nbs/11_mecs.ipynb #96d8c935
 class SpatialAttention(nn.Module):
-    """F'' of Eqs. (3) and (4): the map times one weight a position, [B, C, H, W]."""
+    """F'' of Eqs. (3) and (4): the map times a weight for each channel and position."""
 
     def __init__(
         self,

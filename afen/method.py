@@ -82,6 +82,7 @@ class Method(nn.Module):
     switches: ClassVar[dict[str, Parameter]] = {}  # what `options` may set
     defaults: ClassVar[dict[str, Any]] = {}  # and what it is otherwise
     recipes: ClassVar[dict[str, Recipe]] = {}  # by preset
+    own: ClassVar[dict[str, tuple[Recipe, dict[str, Any]]]] = {}  # see `settings`
     needs_joints: ClassVar[bool] = False  # whether training reads a batch's joints
     draws: ClassVar[int] = 1  # the sampler's batches in one step
 
@@ -94,6 +95,14 @@ class Method(nn.Module):
         super().__init__()
         check = check_parameters({**self.defaults, **(options or {})}, self.switches)
         self.n_identities, self.recipe, self.options = n_identities, recipe, check
+
+    @classmethod
+    def settings(cls, preset: str, dataset: str) -> tuple[Recipe, dict[str, Any]]:
+        """Recipe and switches; for preset "paper" a data set may have its own."""
+        recipe, changes = cls.recipes[preset], {}
+        if preset == "paper":
+            recipe, changes = cls.own.get(dataset, (recipe, changes))
+        return recipe, {**cls.defaults, **changes}
 
     def losses(self, batch: Any, epoch: int) -> dict[str, Tensor]:
         """Named scalar losses of a `batches.Batch`; training minimises their sum."""

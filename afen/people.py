@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -1154,6 +1154,11 @@ def render_set(root: Path, spec: TreeSpec) -> Path:
 
     Of several callers one renders, the others wait. A damaged tree is replaced.
     """
+    if getattr(current_process(), "_inheriting", False):  # or it waits for its parent
+        raise RuntimeError(
+            f"{root.name} is rendered by workers, and each begins by running your script "
+            "again: put what it does under if __name__ == '__main__'."
+        )
     root.parent.mkdir(parents=True, exist_ok=True)
     beside = {"prefix": f".{root.name}-", "dir": root.parent}
     with FileLock(root.parent / f".{root.name}.lock"):

@@ -641,7 +641,8 @@ def plan_of(
     p = record["parameters"]
     recipe = Recipe(**p["recipe"] | {"drops": tuple(p["recipe"]["drops"])})
     which = {k: v for k, v in p.items() if k not in ("recipe", "options")}
-    return Plan(which | {"root": root}, recipe, p["options"], (), Path())
+    which |= {"root": root, "device": "auto"}
+    return Plan(which, recipe, p["options"], (), Path())
 
 
 def load_weights(

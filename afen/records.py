@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -25,6 +26,7 @@ import jsonschema
 import pandas as pd
 import torch
 
+import afen
 from .core import atomic_path, digest, papermill_command, project_root
 
 # %% ../nbs/22_records.ipynb #e6a9a59f
@@ -134,13 +136,17 @@ def run_id(parameters: Mapping[str, Any]) -> str:
 
 # %% ../nbs/22_records.ipynb #920f9dc0
 def code_revision(root: Path | None = None) -> dict[str, Any]:
-    """The git revision of the checkout and whether files differ from it."""
-    root = root or project_root()
+    """The git revision of this code's checkout and whether files differ from it.
+
+    Without git, or of a package without a checkout, it is "unknown".
+    """
+    root = root or project_root(Path(afen.__file__).parent)
+    known = (root / "settings.ini").is_file() and shutil.which("git")
 
     def git(*words: str) -> str:
         command = ["git", "-C", root, *words]
-        done = subprocess.run(command, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
+        done = subprocess.run(command, capture_output=True, text=True) if known else None
+        return done.stdout.strip() if done and done.returncode == 0 else ""
 
     revision = git("rev-parse", "HEAD") or "unknown"
     return {"revision": revision, "dirty": bool(git("status", "--porcelain"))}

@@ -147,20 +147,23 @@ def make_plan(given: Mapping[str, Any]) -> Plan:
         p["preset"] = "pocket" if p["dataset"].startswith("pocket-") else "paper"
     kind, changes = method_class(p["method"]), {k: p[k] for k in CHANGES}
     nearest(p["preset"], kind.recipes, f"preset of {kind.name}")
-    recipe = change_recipe(kind.recipes[p["preset"]], changes)
+    recipe, switches = kind.settings(p["preset"], p["dataset"])
+    recipe = change_recipe(recipe, changes)
     named = {k: p[k] for k in SWITCHES if k != "options" and p[k] is not None}
-    options = kind.defaults | named | p["options"]
-    check_parameters(options, kind.switches)
+    for name in named.keys() - kind.switches.keys():
+        has = ", ".join(kind.switches) or "none"
+        raise ValueError(f"Method {kind.name} has no {name!r}; its switches: {has}.")
+    options = check_parameters(switches | named | p["options"], kind.switches)
     pick_device(p["device"])  # one that is not there is refused here
     weights = recipe.weights
     if weights not in ("imagenet", "none") and not Path(weights).is_file():
         raise ValueError(
             f"Weights file {weights} does not exist: use imagenet, none, or the path "
-            "of a torchvision state dict."
+            "of a state dict."
         )
     changed = [k for k in (*CHANGES, "steps") if p[k] is not None]
     changed += ["noise"] if p["noise"] else []
-    changed += [k for k, v in options.items() if v != kind.defaults[k]]
+    changed += [k for k, v in options.items() if v != switches[k]]
     plan = Plan(p, recipe, options, tuple(changed), Path())
     folder = p["out"] or project_root() / "runs" / run_id(plan.decides())
     return replace(plan, folder=Path(folder))
@@ -239,6 +242,8 @@ def open_data(plan: Plan) -> Data:
         create(p["method"], 2, replace(plan.recipe, weights="none"), **plan.options)
     split = load(p["dataset"], p["root"], p["trial"], p["gallery"], p["seed"])
     rendered = "x0" in split.train
+    if rendered and not p["dataset"].startswith("pocket-"):
+        print(f"{split.root} has a joints.csv, as rendered sets have: status smoke.")
     odd = () if rendered else departures(p["dataset"], p["root"])
     for sentence in odd:
         print(f"warning: {sentence}")
@@ -332,6 +337,11 @@ def begin_record(plan: Plan, data: Data) -> dict[str, Any]:
     if there and there["id"] != record["id"]:
         raise ValueError(
             f"Folder {shown(path)} holds the run {there['id']}: use another -p out."
+        )
+    other = there and there["data"]["hash"] != record["data"]["hash"]
+    if other and there["status"] != "failed":
+        raise ValueError(
+            f"Folder {shown(path)} holds this run on other images: use another -p out."
         )
     if there is None or there["status"] == "failed":
         write_record(record, path)

@@ -101,8 +101,9 @@ PROTOCOL = {
     "gallery": "SYSU-MM01: ten galleries of one model, drawn with Python's generator as "
     "in the released code of AGW. RegDB: ten splits, one training each",
     "shots": "one image of each person and camera; the paper does not say how many",
-    "feature": "after the normalisation neck, scaled to length one; cosine distance; "
-    "no re-ranking",
+    "feature": "after the normalisation neck (X-modality: before it; DDAG: behind the "
+    "attention over parts; DART: mean of two networks), scaled to length one; cosine "
+    "distance; no re-ranking",
     "flip": "image and mirror averaged where the method's recipe says so (recipe.flip "
     "in the record)",
     "selection": "the last epoch; nothing is chosen on test data",
@@ -690,7 +691,7 @@ def _state(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """One column of the state: what was run, when and on what."""
     done = [record for record in records if record["status"] != "failed"]
     on = [record["machine"] for record in done]
-    machines = {f"{m['device']}, {m['threads']} thread(s)" for m in on}
+    machines = {f"{m['device']}, {m['threads']} thread(s), {m['precision']}" for m in on}
     methods = {record["parameters"]["method"] for record in done}
     hours = sum(m["seconds"] for m in on) / 3600
     return {

@@ -3,7 +3,6 @@
 import random
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -658,9 +657,7 @@ def test_verify_a_complete_sysu(roomy):
     report = verify("sysu", root)
     assert report.ok.all(), report[~report.ok]
     assert set(PUBLISHED.what[PUBLISHED.layout == "sysu"]) <= set(report.what)
-    begin = time.perf_counter()
     split = load("sysu", root, gallery="official")
-    assert time.perf_counter() - begin < 20, "no image is opened"
     assert len(split.train) == 22258 + 11909 and len(split.trials) == 40
     (root / "cam2/0400/0003.jpg").unlink()
     (root / "cam6/0401/0003.jpg").write_bytes(b"")

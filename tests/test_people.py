@@ -488,6 +488,21 @@ def test_a_script_without_guard_still_renders(tmp_path):
     assert len(images(tmp_path / "tree", "*/*/*.png")) == 127 * 2 * 2
 
 
+def test_a_script_without_guard_does_not_wait_for_itself(tmp_path):
+    """Its workers would wait for the lock that it holds."""
+    script = tmp_path / "unguarded.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from afen.people import TreeSpec, render_set\n"
+        "spec = TreeSpec('folder', 126, 1, 2, size=(32, 16))\n"
+        f"render_set(Path({str(tmp_path / 'set')!r}), spec)\n"
+    )
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    assert len(images(tmp_path / "set", "*/*/*.png")) == 127 * 2 * 2
+    assert "under if __name__ == '__main__'" in run.stderr
+
+
 if __name__ == "__main__":
     sheet = people.reference_sheet()
     Image.fromarray(sheet).save(SHEET, optimize=True)

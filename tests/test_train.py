@@ -141,7 +141,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(trees, tmp_path):
     process = subprocess.Popen(
         words, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
     )
-    deadline = time.time() + 120
+    deadline = time.time() + 600
     while not (killed / "run" / "checkpoint.pt").exists():
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.02)

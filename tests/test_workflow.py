@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -172,16 +171,11 @@ def reproduced(tmp_path_factory):
     where = [sys.executable, "-c", "import afen; print(afen.__file__)"]
     found = subprocess.run(where, cwd=copy, env=environment, capture_output=True, text=True)
     assert Path(found.stdout).is_relative_to(copy), "the package is not the copy's"
-    begun, used = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         words(datasets="none"), cwd=copy, env=environment, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:]
-    now = resource.getrusage(resource.RUSAGE_CHILDREN)
-    spent = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
-    print(f"all pages: {spent:.0f} s of processors, {time.time() - begun:.0f} s by the clock")
-    assert spent < 180
     return copy
 
 
@@ -305,6 +299,27 @@ def test_two_runs_never_share_a_gpu(tmp_path):
     for process in taken:
         process.communicate("\n")
     assert subprocess.run([*script, "true"], cwd=tmp_path).returncode == 0
+
+
+def test_of_a_shared_machine_only_the_given_gpus_are_taken(tmp_path):
+    script = ["sh", str(ROOT / "workflow" / "on_gpu.sh"), "2"]
+    shows = ["sh", "-c", "echo $CUDA_VISIBLE_DEVICES; read end"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes["env"] = os.environ | {"CUDA_VISIBLE_DEVICES": "5,GPU-7a"}
+    taken = [subprocess.Popen([*script, *shows], cwd=tmp_path, **pipes) for _ in range(2)]
+    assert {process.stdout.readline() for process in taken} == {"5\n", "GPU-7a\n"}
+    for process in taken:
+        process.communicate("\n")
+
+
+@pytest.mark.parametrize("cores, gpus, at_once", [(12, 8, 8), (30, 8, 8), (1, 2, 1)])
+def test_no_more_runs_at_once_than_gpus(tmp_path, cores, gpus, at_once):
+    folder = project(tmp_path)
+    finish(grid.jobs(studies=["rows"])[0], folder / "data" / "records")  # a cost
+    done = call(folder, "-n", "--cores", str(cores), studies="rows", gpus=gpus)
+    assert done.returncode == 0, done.stdout[-2000:]
+    last = done.stdout.strip().splitlines()[-1]
+    assert at_once <= gpus and last.endswith(f"with {at_once} at a time.")
 
 
 def test_a_run_asks_the_cluster_for_one_gpu(tmp_path):
