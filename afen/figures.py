@@ -148,10 +148,12 @@ CAPTIONS = {
 def caption(
     name: str,  # of a figure here, a key of CAPTIONS
     dataset: str,
-    seeds: int,  # how many
+    seeds: int | tuple[int, int],  # how many; the least and the most of several cells
 ) -> str:
     """What is drawn, of which data, and from how many seeds."""
-    count = f"{seeds} seed{'s' * (seeds != 1)}"
+    least, most = seeds if isinstance(seeds, tuple) else (seeds, seeds)
+    count = f"{most} seed{'s' * (most != 1)}"
+    count = count if least == most else f"{least} to {count} a cell"
     return f"{CAPTIONS[name]} Data: {dataset}, {count}."
 
 
