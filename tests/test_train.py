@@ -104,7 +104,7 @@ def test_every_layout_trains_and_leaves_a_whole_run(trees, tmp_path, dataset):
         ({"flip": "false"}, "it must be True or False"),
         ({"trial": 11}, "between 1 and 10"),
         ({"mecs_after": "layer7"}, "Unknown mecs_after 'layer7'"),
-        ({"method": "caj", "mecs": "paper"}, "Unknown parameter 'mecs'"),
+        ({"method": "caj", "mecs": "paper"}, "Method caj has no 'mecs'"),
         ({"dataset": "regdb", "root": "nowhere"}, "pocket-regdb"),
         ({"weights": "nowhere.pt"}, "Weights file nowhere.pt does not exist"),
         ({"device": "cuda:9"}, "not available on this machine"),
