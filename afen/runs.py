@@ -329,7 +329,7 @@ def begin_record(plan: Plan, data: Data) -> dict[str, Any]:
     """Note in the folder that a run has begun, and have the notebook kept.
 
     The record of a finished run stays until the new one ends. Raises ValueError when it
-    is that of another run.
+    is that of another run, or of this run on other images.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
     record, path = new_record(plan.decides(), data.describe(data_key(data))), plan.folder
