@@ -76,7 +76,7 @@ def parameter_groups(method: Method) -> list[dict[str, Any]]:
     ]
     return [group for group in groups if group["params"]]
 
-
+# %% ../nbs/21_training.ipynb #b1430c20
 def make_optimiser(method: Method) -> torch.optim.Optimizer:
     """The recipe's optimiser over the method's groups, at the initial rate."""
     recipe, groups = method.recipe, parameter_groups(method)
@@ -87,7 +87,7 @@ def make_optimiser(method: Method) -> torch.optim.Optimizer:
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     return kinds[recipe.optimiser](groups, **common)
 
-
+# %% ../nbs/21_training.ipynb #ac5415c5
 def set_lr(optimiser: torch.optim.Optimizer, recipe: Recipe, epoch: int) -> float:
     """Give each group its rate for the epoch; return the full rate."""
     lr = recipe.lr * lr_factor(recipe, epoch)
@@ -131,7 +131,7 @@ def tap_windows(
             read = inside(height, dy), inside(width, dx)
             yield read, (inside(height, -dy), inside(width, -dx))
 
-
+# %% ../nbs/21_training.ipynb #dd8b735a
 def _turned(x: Tensor) -> Tensor:
     """Maps or kernels [n, c, h, w] as [h, w, n, c], and back."""
     return x.permute(2, 3, 0, 1).contiguous()
@@ -185,7 +185,7 @@ def multiply(function: Any, *args: Any, **kwargs: Any) -> Any:
         return convolve_by_taps(x, kernel)
     return *gradients_by_taps(args[0], x, kernel), None
 
-
+# %% ../nbs/21_training.ipynb #055cb388
 class SoftwareProducts(TorchDispatchMode):
     """Compute products of float32 and bfloat16 in float32, and round the results."""
 
@@ -207,7 +207,7 @@ def in_software(device: torch.device, precision: str) -> bool:
     """Whether the device has no instructions for the precision."""
     return precision == "bfloat16" and lacks_avx512(device)
 
-
+# %% ../nbs/21_training.ipynb #bee9e5ec
 def arithmetic(device: torch.device) -> AbstractContextManager[Any]:
     """The context in which a device multiplies."""
     return SoftwareProducts() if lacks_avx512(device) else nullcontext()
@@ -357,7 +357,7 @@ def save_checkpoint(path: Path, **state: Any) -> None:
             "room and run the same command again; it goes on from the epoch before."
         ) from error
 
-
+# %% ../nbs/21_training.ipynb #bd1e4887
 def load_checkpoint(
     path: Path,
     key: str,  # the parameters' hash, which must be the checkpoint's
@@ -434,7 +434,7 @@ def stream(self: Run, epoch: int) -> Iterator[Batch]:
     )
     return (batch for _, batch in zip(range(self.steps), every))
 
-
+# %% ../nbs/21_training.ipynb #0e3fff20
 @patch
 def sweep(self: Run, epoch: int) -> Iterator[Batch]:
     """Every training image at least once, in random order and full batches.
@@ -463,7 +463,7 @@ def fit(self: Run, progress: bool = True) -> pd.DataFrame:
             bar.set_postfix(epoch=epoch, loss=f"{row['loss']:.3f}", refresh=False)
     return pd.DataFrame(self.rows)
 
-
+# %% ../nbs/21_training.ipynb #9b0c4247
 def progress_bar(total: int, done: int, show: bool = True) -> Any:
     """A bar of steps: a widget in JupyterLab, a line every few seconds elsewhere.
 
@@ -474,7 +474,7 @@ def progress_bar(total: int, done: int, show: bool = True) -> Any:
         return text_tqdm(**common, file=sys.stdout, mininterval=5, ncols=88)
     return tqdm(**common)
 
-
+# %% ../nbs/21_training.ipynb #cf7f62d4
 @patch
 def _one_epoch(self: Run, epoch: int, bar: Any) -> dict[str, float]:
     """Train an epoch, look at its health, and save."""
@@ -512,7 +512,7 @@ def _save(self: Run) -> None:
         **{name: getattr(self, name) for name in names},
     )
 
-
+# %% ../nbs/21_training.ipynb #a1a14f9d
 @patch
 def _saved(self: Run) -> dict[str, Any] | None:
     """The checkpoint in the folder, if there is one."""
@@ -556,7 +556,7 @@ def embed(
             features[part] = found
     return features
 
-
+# %% ../nbs/21_training.ipynb #e92e61a9
 def check_finite(features: np.ndarray) -> None:
     """Raise FloatingPointError if the network no longer gives numbers."""
     if not np.isfinite(features).all():
