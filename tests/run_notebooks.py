@@ -1,13 +1,16 @@
 """Run every notebook and keep its outputs: python tests/run_notebooks.py [NAME ...]."""
 
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
+TEMPORARY = re.compile(rf"{re.escape(tempfile.gettempdir())}/tmp\w+")
 
 
 def run(path: Path) -> nbformat.NotebookNode:
@@ -35,7 +38,10 @@ def settle(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def merge(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """Join what one stream wrote in pieces; of a line, keep what was seen last."""
+    """Join what one stream wrote in pieces; of a line, keep what was seen last.
+
+    The name of a temporary folder differs each time, and is left out.
+    """
     merged: list[nbformat.NotebookNode] = []
     for output in outputs:
         if output.output_type != "stream":
@@ -46,7 +52,7 @@ def merge(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
             merged.append(output)
     for output in merged:
         if output.output_type == "stream":
-            lines = output.text.rstrip("\n").split("\n")
+            lines = TEMPORARY.sub("...", output.text).rstrip("\n").split("\n")
             output.text = "\n".join(x.rsplit("\r", 1)[-1] for x in lines) + "\n"
     return merged
 
