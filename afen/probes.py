@@ -666,7 +666,11 @@ def open_run(
     root: str | None = None,  # where the data set is; data/<name> if None
     device: str = "auto",
 ) -> tuple[dict[str, Any], Subject]:
-    """A run's record, and its networks and data. Raises ValueError if they disagree."""
+    """A run's record, and its networks and data.
+
+    Raises FileNotFoundError if there is no record, ValueError if it and the others
+    disagree.
+    """
     record = read_record(Path(folder) / "record.json")
     if record["status"] == "failed":
         raise ValueError(f"Run {record['id']} did not finish: train it first.")
@@ -675,7 +679,7 @@ def open_run(
     if data_key(data) != record["data"]["hash"]:
         raise ValueError(
             f"The images of {plan.parameters['dataset']} are not those that run "
-            f"{record['id']} saw: give their folder with --root."
+            f"{record['id']} saw: give their folder as root."
         )
     seed_everything(plan.parameters["seed"])
     n_identities = data.split.train.identity.nunique()
@@ -826,7 +830,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     given = parser.parse_args(words)
     for run in given.runs:
-        taken = probe(run, given.root, given.device)
+        try:
+            taken = probe(run, given.root, given.device)
+        except (ValueError, FileNotFoundError) as error:
+            parser.exit(1, f"{error}\n")
         path = write_probe(taken, given.out)
         print(f"{shown(path)}: {taken['seconds']:.0f} s", flush=True)
 

@@ -251,7 +251,14 @@ def write_record(record: dict[str, Any], folder: Path | str) -> Path:
 
 
 def read_record(path: Path | str) -> dict[str, Any]:
-    """Read and check a record. Raises ValueError if it was edited or is not one."""
+    """Read and check a record.
+
+    Raises FileNotFoundError if there is none, ValueError if it was edited or is no record.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"There is no record {path}: give the folder of a run that has begun."
+        )
     try:
         record = json.loads(Path(path).read_text())
     except json.JSONDecodeError:
