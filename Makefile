@@ -7,6 +7,8 @@ PRESET ?= pocket
 PROFILE ?= local
 STUDIES ?=
 DATASETS ?=
+METHODS ?=
+SEEDS ?=
 ARGS ?=
 RUN = $(BIN)/papermill --no-progress-bar --log-output nbs/train.ipynb
 
@@ -47,7 +49,8 @@ reproduce: install  ## make every missing run, then all tables and figures
 	@$(BIN)/snakemake $(ARGS) --snakefile workflow/Snakefile \
 	  --profile workflow/profiles/$(PROFILE) \
 	  --config preset=$(PRESET) $(if $(STUDIES),studies="$(STUDIES)") \
-	  $(if $(DATASETS),datasets="$(DATASETS)")
+	  $(if $(DATASETS),datasets="$(DATASETS)") $(if $(METHODS),methods="$(METHODS)") \
+	  $(if $(SEEDS),seeds="$(SEEDS)")
 
 notebooks: install  ## export the modules, run every notebook, clean them
 	$(BIN)/nbdev_export

@@ -420,7 +420,9 @@ def plan_text(
     kept = ", ".join(f"{n} {s}" for s, n in table.state.value_counts().items())
     hours, unknown = left.minutes.sum() / 60, left.minutes.isna().sum()
     more = f" and {unknown} of unknown length" if unknown else ""
+    on = " and ".join(sorted({basis.split(", ", 1)[-1] for basis in left.basis.dropna()}))
     left = f"{hours:.1f} h, {hours / at_once:.1f} h with {at_once} at a time{more}"
+    left += f", if the machine is as fast as {on}" if on else ""
     return "\n".join([*lines, f"{len(table)} runs: {kept}. Left: {left}."])
 
 # %% ../nbs/26_grid.ipynb #a0de7c1a
@@ -455,7 +457,11 @@ def keep(
     Raises ValueError when the run never began, or may end otherwise the next time: it was
     killed, or a file could not be written.
     """
-    folder, (kind, why) = Path(runs) / name, last_error(Path(runs) / f"{name}.ipynb")
+    folder = Path(runs) / name
+    for notebook in (Path(runs) / f"{name}.ipynb", folder / "notebook.ipynb"):
+        kind, why = last_error(notebook)  # the second is kept by any papermill command
+        if kind:
+            break
     if not (folder / "record.json").exists():
         raise ValueError(f"Run {name} did not begin: {why or 'see its log'}")
     record = read_record(folder / "record.json")
@@ -533,14 +539,15 @@ def main(words: Sequence[str] | None = None) -> None:
         listing.add_argument("--preset", default="pocket", choices=list(PRESETS))
         listing.add_argument("--study", nargs="+", choices=STUDIES)
     keeping = verbs.add_parser("keep", help="keep the record of a run that has ended")
-    keeping.add_argument("name", help="the run's folder in runs/")
+    keeping.add_argument("names", nargs="+", help="the runs' folders in runs/")
     keeping.add_argument("--records", help="where records are kept, if not data/records")
     given = parser.parse_args(words)
     if given.verb == "keep":
-        try:
-            keep(given.name, records=given.records)
-        except ValueError as error:
-            parser.exit(1, f"{error}\n")
+        for name in given.names:
+            try:
+                keep(Path(name).name, records=given.records)
+            except ValueError as error:
+                parser.exit(1, f"{error}\n")
         return
     chosen, records = jobs(given.preset, given.study), timed_records()
     done = [record["id"] for record in records]

@@ -136,9 +136,10 @@ def run_id(parameters: Mapping[str, Any]) -> str:
 
 # %% ../nbs/22_records.ipynb #920f9dc0
 def code_revision(root: Path | None = None) -> dict[str, Any]:
-    """The git revision of this code's checkout and whether files differ from it.
+    """The git revision of this code's checkout and whether its code differs from it.
 
-    Without git, or of a package without a checkout, it is "unknown".
+    Records that were kept meanwhile, pages and figures are no code. Without git, or of a
+    package without a checkout, the revision is "unknown".
     """
     root = root or project_root(Path(afen.__file__).parent)
     known = (root / "settings.ini").is_file() and shutil.which("git")
@@ -149,7 +150,8 @@ def code_revision(root: Path | None = None) -> dict[str, Any]:
         return done.stdout.strip() if done and done.returncode == 0 else ""
 
     revision = git("rev-parse", "HEAD") or "unknown"
-    return {"revision": revision, "dirty": bool(git("status", "--porcelain"))}
+    changed = git("status", "--porcelain", "--", "afen", "nbs/train.ipynb")
+    return {"revision": revision, "dirty": bool(changed)}
 
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pandas", "pillow", "afen")
@@ -276,9 +278,20 @@ def keep_record(
     run: Path | str,  # a run's folder, with its record.json
     folder: Path | str | None = None,  # where records are kept; data/records if None
 ) -> Path:
-    """Copy a run's record to the kept ones, checked; returns the copy's path."""
+    """Copy a run's record to the kept ones, checked; returns the copy's path.
+
+    A run has the same name whatever code made it. Raises ValueError when a finished run
+    of other code is kept under it.
+    """
     record = read_record(Path(run) / "record.json")
     path = Path(folder or records_folder()) / f"{record['id']}.json"
+    kept = read_record(path) if path.exists() else record
+    revisions = kept["code"]["revision"], record["code"]["revision"]
+    if kept["status"] != "failed" and revisions[0] != revisions[1]:
+        raise ValueError(
+            f"Run {record['id']} is kept from revision {revisions[0][:7]}, and this one is "
+            f"of {revisions[1][:7]}: delete {path} first if it is to be replaced."
+        )
     with atomic_path(path) as draft:
         draft.write_bytes((Path(run) / "record.json").read_bytes())
     return path

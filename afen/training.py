@@ -179,7 +179,7 @@ def multiply(function: Any, *args: Any, **kwargs: Any) -> Any:
     x, kernel, bias, *how = args[1:] if function == gradients else (*args, None)
     bare = not isinstance(bias, Tensor) and bias in (None, [0])  # its sizes, backwards
     fits = function in (convolution, gradients) and bare and how[:6] == BY_TAPS
-    if not fits or kernel.shape[2:] != (3, 3) or x[0, 0].numel() > SMALL:
+    if not fits or kernel.shape[2:] != (3, 3) or x.shape[2:].numel() > SMALL:
         return function(*args, **kwargs)
     if function == convolution:
         return convolve_by_taps(x, kernel)
@@ -190,21 +190,24 @@ class SoftwareProducts(TorchDispatchMode):
     """Compute products of float32 and bfloat16 in float32, and round the results."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        dtype = args[1].dtype if function in PRODUCTS else None
-        if dtype not in PRECISIONS.values():
-            return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        factors = [x for x in args if isinstance(x, Tensor)] if function in PRODUCTS else []
+        dtypes = {x.dtype for x in factors}  # torch refuses to mix them, and so it may
+        if len(dtypes) != 1 or not dtypes <= set(PRECISIONS.values()):
+            return function(*args, **kwargs)
+        (dtype,) = dtypes
         wide = tree_map_only(Tensor, Tensor.float, args)
-        made = multiply(function, *wide, **(kwargs or {}))
+        made = multiply(function, *wide, **kwargs)
         return tree_map_only(Tensor, lambda product: product.to(dtype), made)
 
 # %% ../nbs/21_training.ipynb #6ac8e3d2
 def lacks_avx512(device: torch.device) -> bool:
-    """Whether the device is a processor without the instructions for bfloat16."""
+    """Whether the device is a processor on which torch has no fast bfloat16."""
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
 
 
 def in_software(device: torch.device, precision: str) -> bool:
-    """Whether the device has no instructions for the precision."""
+    """Whether the precision is computed in float32 and rounded."""
     return precision == "bfloat16" and lacks_avx512(device)
 
 # %% ../nbs/21_training.ipynb #bee9e5ec
@@ -303,9 +306,9 @@ def health(
     for name, value in losses.items():
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"The {name} loss became {value} in epoch {epoch}: lower the learning "
-                "rate (-p lr), bound the gradient (-p clip 5), or use -p precision "
-                "float32."
+                f"The {name} loss became {value} in epoch {epoch}: use -p precision "
+                "float32; or lower the learning rate (-p lr) or bound the gradient "
+                "(-p clip 5), which makes another recipe of it than the row's."
             )
     if epoch == 0 or recipe.moment(epoch) < recipe.warmup:
         return []
@@ -544,6 +547,8 @@ def embed(
     features = None
     for name in ("visible", "infrared"):
         rows = np.flatnonzero(modality.to_numpy() == name)
+        if len(rows) == 0:  # crops of one camera
+            continue
         for part in np.array_split(rows, math.ceil(len(rows) / batch_size)):
             images = packed.batch(part, device)
             with arithmetic(device), autocast(device, precision):

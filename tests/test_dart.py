@@ -330,6 +330,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tree, tmp_path):
     metrics = whole.fit(progress=False)
     for epochs in (1, 2, 3):  # killed after each epoch
         again = start(tree, 0.5, tmp_path / "killed", resume=True)
+        assert again.epoch == epochs - 1
         begin = again.method.begin_epoch
 
         def begin_epoch(epoch, sweep, last=epochs, begin=begin):

@@ -24,7 +24,7 @@ from afen.tables import write_block
 ROOT = Path(__file__).resolve().parent.parent
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
 QUICK = {"preset": "pocket", "epochs": 8, "steps": 2, "identities": 2, "images": 2}
-QUICK |= {"precision": "float32"}
+QUICK |= {"precision": "float32", "device": "cpu"}
 
 
 def project(folder):
