@@ -251,12 +251,16 @@ def test_a_row_is_planned_by_the_grid(base):
     planned = [job.decides for job in grid.jobs("paper", ["rows"])]
 
     def run(**given):
-        return {"parameters": make_plan(DEFAULTS | {"dataset": "regdb"} | given).decides()}
+        decides = make_plan(DEFAULTS | {"dataset": "regdb"} | given).decides()
+        return {"parameters": decides, "reason": ""}
 
     own = [run(trial=trial, seed=3) for trial in (1, 10)]
     bare = run(mecs="paper_bare") | {"status": "failed"}
     assert tables.of_row([bare, *own], planned) == own
     assert tables.of_row([bare], planned) == []
+    exact = [run(precision="float32", trial=trial) for trial in (1, 2)]
+    assert tables.of_row([bare, *exact], planned) == exact
+    assert tables.of_row([*exact, *own], planned) == own
     for changed in ({"epochs": 60}, {"noise": 0.2}, {"flip": False}, {"stable": False}):
         finished = run(**changed) | {"status": "reproduced"}
         assert tables.of_row([finished, *own], planned) == own
