@@ -170,7 +170,7 @@ PRODUCTS = [
     for name in ("convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm")
 ]
 BY_TAPS = [[1, 1], [1, 1], [1, 1], False, [0, 0], 1]  # stride 1, padding 1, no groups
-SMALL = 8  # pixels of a map; on larger ones torch's own convolution is the faster
+SMALL = 8  # pixels of a map; larger ones are left to torch
 
 
 def multiply(function: Any, *args: Any, **kwargs: Any) -> Any:
