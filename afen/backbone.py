@@ -93,7 +93,7 @@ def _load_file(resnet: nn.Module, path: Path) -> nn.Module:
 def _misfit(module: nn.Module, state: dict[str, Tensor]) -> str:
     """The first name whose shape differs between the two, `fc` apart; "" if none."""
     own = {k: v.shape for k, v in module.state_dict().items() if k[:3] != "fc."}
-    given = {k: v.shape for k, v in state.items() if k[:3] != "fc."}
+    given = {k: getattr(v, "shape", None) for k, v in state.items() if k[:3] != "fc."}
     return next((k for k in [*own, *given] if own.get(k) != given.get(k)), "")
 
 # %% ../nbs/10_backbone.ipynb #ba799cb5

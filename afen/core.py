@@ -65,7 +65,7 @@ def papermill_command() -> list[str]:
     """The words of the papermill command that runs this kernel; empty if none does."""
     try:
         words = psutil.Process(os.getppid()).cmdline()
-        place = [Path(word).name for word in words[:2]].index("papermill")
+        place = [Path(word).name for word in words[:3]].index("papermill")  # or -m papermill
     except (psutil.Error, ValueError):  # no such process; another command
         return []
     return ["papermill", *words[place + 1 :]]
@@ -126,7 +126,7 @@ def _wrong_type(name: str, value: Any, kind: type) -> str:
         bool: ("True or False", f"-p {name} True"),
         int: ("a whole number", f"-p {name} 3"),
         float: ("a number", f"-p {name} 0.5"),
-        str: ("text", f"-p {name} regdb"),
+        str: ("text", f"-r {name} {value}"),
         dict: ("a mapping", f"-y '{{{name}: {{key: value}}}}'"),
     }[kind]
     return (
@@ -200,7 +200,7 @@ def seed_everything(
 def pick_device(
     name: str = "auto",  # "auto", "cpu", "cuda", "cuda:1", "mps"
 ) -> torch.device:
-    """The named device, or the best there is for "auto".
+    """The named device; for "auto" CUDA if there is one, else the CPU (mps by name only).
 
     Raises ValueError when the named device is not on this machine.
     """

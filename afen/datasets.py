@@ -683,15 +683,24 @@ def with_noise(
     rate: float,  # share of each modality's training images, 0 to 1
     seed: int,
 ) -> Split:
-    """The split with some training labels replaced by others, the same for a seed."""
+    """The split with some training labels replaced by others, the same for a seed.
+
+    Raises ValueError when the rate is no share, or there is but one identity.
+    """
     if rate == 0:
         return split
+    n_identities = split.train.label.nunique()
+    if not 0 < rate <= 1 or n_identities < 2:
+        raise ValueError(
+            f"Labels of {split.name} cannot be made wrong: the share is {rate} of "
+            f"{n_identities} identities; give 0 to 1, and two identities or more."
+        )
     label, rng = split.train.label.to_numpy().copy(), keyed_rng("noise", seed)
     for modality in ("visible", "infrared"):
         rows = np.flatnonzero(split.train.modality == modality)
         wrong = rng.permutation(rows)[: math.ceil(rate * len(rows))]
-        shift = rng.integers(1, split.train.label.nunique(), len(wrong))
-        label[wrong] = (label[wrong] + shift) % split.train.label.nunique()
+        shift = rng.integers(1, n_identities, len(wrong))
+        label[wrong] = (label[wrong] + shift) % n_identities
     return replace(split, train=split.train.assign(label=label))
 
 # %% ../nbs/02_datasets.ipynb #40d28392
@@ -913,17 +922,17 @@ def count_llcm(root: Path) -> Counts:
 # %% ../nbs/02_datasets.ipynb #03e7237c
 def count_folder(root: Path) -> Counts:
     """Counts of a folder of one's own, for `verify`."""
-    seen = {m: set(folder_names(root / m)) for m in ("visible", "infrared")}
+    try:
+        images, odd = list_folder(root), (0, "")
+    except ValueError as error:
+        images, odd = pd.DataFrame(columns=COLUMNS), (1, str(error))
+    seen = {m: set(images.identity[images.modality == m]) for m in ("visible", "infrared")}
     both = seen["visible"] & seen["infrared"]
     lonely = sorted((seen["visible"] | seen["infrared"]) - both)
     counts = {"identities of one modality only": _culprits(lonely)}
     counts["identities short of a split"] = (max(0, 2 - len(both)), "")
-    try:
-        paths, odd = list_folder(root).path, (0, "")
-    except ValueError as error:
-        paths, odd = [], (1, str(error))
     counts["camera folders without a number"] = odd
-    return counts | {"empty image files": _empty_files(root, paths)}
+    return counts | {"empty image files": _empty_files(root, images.path)}
 
 # %% ../nbs/02_datasets.ipynb #6697a444
 def verify(

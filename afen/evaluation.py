@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'RANKS', 'BLOCK', 'RERANKED', 'match_ranks', 'average_precision', 'inverse_penalty', 'sees',
-           'first_match_rank', 'Scores', 'rank_naive', 'evaluate_naive', 'evaluate', 'cosine_distances',
+           'first_match_rank', 'Scores', 'rank_naive', 'evaluate_naive', 'may_see', 'evaluate', 'cosine_distances',
            'reciprocal_naive', 'expanded_naive', 'rerank_naive', 'rerank', 'average', 'measures', 'summarise',
            'evaluate_trials']
 
@@ -165,7 +165,7 @@ def evaluate_naive(
     return _scores(*columns, n_dropped=len(query_ids) - len(measured))
 
 # %% ../nbs/20_evaluation.ipynb #e5e7670d
-def _kept(
+def may_see(
     query_ids: np.ndarray,
     gallery_ids: np.ndarray,
     query_cams: np.ndarray | None,
@@ -227,7 +227,7 @@ def _measure(
     protocol: str,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """First match's rank, AP and INP of each query that has a match it may see."""
-    kept = _kept(query_ids, gallery_ids, query_cams, gallery_cams, protocol)
+    kept = may_see(query_ids, gallery_ids, query_cams, gallery_cams, protocol)
     matches = kept & (query_ids[:, None] == gallery_ids)  # [Q, G]
     order, rows, ranks = _ranked_matches(distances, matches, kept)
     has, first, precision, penalty = _measure_ranks(rows, ranks, len(distances))

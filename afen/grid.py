@@ -7,10 +7,11 @@ __all__ = ['BOTH', 'METHODS', 'ROWS', 'FULL', 'CORE', 'LOSSES', 'POOLING', 'BRAN
            'RECIPE', 'NONLOCAL', 'NOISE', 'GRID', 'STUDIES', 'PRESETS', 'IMAGES', 'METRICS', 'SETTINGS', 'COLUMNS',
            'Group', 'switched', 'Preset', 'Job', 'make_job', 'jobs', 'runs_of', 'job_lines', 'total_steps',
            'step_seconds', 'step_work', 'step_cost', 'plan', 'cost_text', 'plan_text', 'timed_records', 'last_error',
-           'keep', 'results', 'differences', 'main']
+           'may_pass', 'keep', 'results', 'differences', 'main']
 
 # %% ../nbs/26_grid.ipynb #58324ad7
 import argparse
+import builtins
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,7 +49,6 @@ class Group:
     reference: str  # the label that the others are compared with
     cells: Mapping[str, Mapping[str, Any]]  # label -> changes of train.ipynb's defaults
     layouts: tuple[str, ...] = ("regdb",)  # which data sets, by their layout
-    probed: bool = False  # whether the claims look into the trained networks
 
 # %% ../nbs/26_grid.ipynb #3a7d78d2
 BOTH = ("regdb", "sysu")
@@ -72,7 +72,7 @@ CORE = Group(
         "control for FEM": {"mecs": "none", "fem": "control"},
         "control for both": {"mecs": "control", "fem": "control"},
     },
-    BOTH, probed=True,
+    BOTH,
 )  # fmt: skip
 
 # %% ../nbs/26_grid.ipynb #5f86d969
@@ -83,7 +83,6 @@ LOSSES = Group(
         "L_sq, released": {"stable": False},
         "WRT": {"metric_loss": "wrt"},
     },
-    probed=True,
 )  # fmt: skip
 
 # %% ../nbs/26_grid.ipynb #c835afb6
@@ -103,7 +102,6 @@ POOLING = Group(
         "average, median": switched("mecs", pools=["average", "median"]),
         "maximum, median": switched("mecs", pools=["maximum", "median"]),
     },
-    probed=True,
 )  # fmt: skip
 BRANCHES = Group(
     "ablation", "FEM's branches", "Which parts of FEM matter?", "S = F Q and R",
@@ -115,7 +113,6 @@ BRANCHES = Group(
         "without CE": switched("fem", embedding="none"),
         "without ConvMLP": switched("fem", ratio=0),
     },
-    probed=True,
 )  # fmt: skip
 
 # %% ../nbs/26_grid.ipynb #06d7b65a
@@ -140,7 +137,6 @@ STRIPS = Group(
         "7 (n = 2)": switched("mecs", strips=[7]),
         "3, 5, 7 (n = 6)": switched("mecs", strips=[3, 5, 7]),
     },
-    probed=True,
 )  # fmt: skip
 REDUCTION = Group(
     "ablation", "reduction", "How wide is the shared MLP?", "r = 4",
@@ -156,7 +152,6 @@ JOINS = Group(
         "residual": {"options": _RESIDUAL},
         "replace": {"mecs": "paper_bare", "fem": "paper_bare"},
     },
-    probed=True,
 )  # fmt: skip
 RECIPE = Group(
     "ablation", "recipe", "What does the recipe bring?", "as it stands",
@@ -383,7 +378,11 @@ def plan(
     The state is a record's status or "to run"; minutes are those still to be spent.
     """
     status = {record["id"]: record["status"] for record in records}
-    finished = [record for record in records if record["status"] != "failed"]
+    finished = [  # of known length: one's own images and LLCM are in no plan
+        record
+        for record in records
+        if record["status"] != "failed" and record["parameters"]["dataset"] in IMAGES
+    ]
     costs: dict[str, tuple[float, str]] = {}
     rows = {}
     for name, job in runs_of(chosen).items():
@@ -421,9 +420,9 @@ def plan_text(
     hours, unknown = left.minutes.sum() / 60, left.minutes.isna().sum()
     more = f" and {unknown} of unknown length" if unknown else ""
     on = " and ".join(sorted({basis.split(", ", 1)[-1] for basis in left.basis.dropna()}))
-    left = f"{hours:.1f} h, {hours / at_once:.1f} h with {at_once} at a time{more}"
-    left += f", if the machine is as fast as {on}" if on else ""
-    return "\n".join([*lines, f"{len(table)} runs: {kept}. Left: {left}."])
+    words = f"{hours:.1f} h, {hours / at_once:.1f} h with {at_once} at a time{more}"
+    words += f", if the machine is as fast as {on}" if on else ""
+    return "\n".join([*lines, f"{len(table)} runs: {kept}. Left: {words}."])
 
 # %% ../nbs/26_grid.ipynb #a0de7c1a
 def timed_records(
@@ -447,6 +446,15 @@ def last_error(notebook: Path | str) -> tuple[str, str]:
     return (outputs[-1].ename, outputs[-1].evalue.split("\n")[0]) if outputs else ("", "")
 
 
+def may_pass(
+    kind: str,  # the name of an error, "" for none
+) -> bool:
+    """Whether it may not come again: the run was killed, or lacked memory or a file."""
+    known = getattr(builtins, kind, None)
+    a_file = isinstance(known, type) and issubclass(known, OSError)
+    return a_file or kind in ("", "KeyboardInterrupt") or kind.endswith("MemoryError")
+
+
 def keep(
     name: str,  # of the run
     runs: Path | str = "runs",  # where its folder and its notebook are
@@ -454,8 +462,8 @@ def keep(
 ) -> Path:
     """Keep the record of a run that has ended, well or not; returns its path.
 
-    Raises ValueError when the run never began, or may end otherwise the next time: it was
-    killed, or a file could not be written.
+    Raises ValueError when the run never began, or may end otherwise the next time; see
+    `may_pass`.
     """
     folder = Path(runs) / name
     for notebook in (Path(runs) / f"{name}.ipynb", folder / "notebook.ipynb"):
@@ -466,10 +474,10 @@ def keep(
         raise ValueError(f"Run {name} did not begin: {why or 'see its log'}")
     record = read_record(folder / "record.json")
     if record["status"] == "failed":
-        if kind in ("", "OSError"):
+        if may_pass(kind):
             why = why or "it was killed, perhaps for want of memory"
             raise ValueError(f"Run {name} is not over: {why}. Start it again.")
-        write_record(record | {"reason": why}, folder)
+        write_record(record | {"reason": why or kind}, folder)
     return keep_record(folder, records)
 
 # %% ../nbs/26_grid.ipynb #617d2bac
@@ -544,15 +552,17 @@ def main(words: Sequence[str] | None = None) -> None:
     given = parser.parse_args(words)
     if given.verb == "keep":
         for name in given.names:
+            at = Path(name)
             try:
-                keep(Path(name).name, records=given.records)
+                keep(at.name, at.parent if at.parent.name else "runs", given.records)
             except ValueError as error:
                 parser.exit(1, f"{error}\n")
         return
     chosen, records = jobs(given.preset, given.study), timed_records()
-    done = [record["id"] for record in records]
-    by_verb = {"jobs": job_lines(chosen, done), "plan": [plan_text(plan(chosen, records))]}
-    print("\n".join(by_verb[given.verb]))
+    if given.verb == "jobs":
+        print("\n".join(job_lines(chosen, [record["id"] for record in records])))
+    else:
+        print(plan_text(plan(chosen, records)))
 
 # %% ../nbs/26_grid.ipynb #6c0a380d
 if __name__ == "__main__" and "__file__" in globals():  # not in the notebook

@@ -8,7 +8,7 @@ __all__ = ['Row', 'Tables', 'NOISE', 'BANDS', 'DEAD', 'N_BATCHES', 'PARTNERS', '
            'noise', 'score_rows', 'drift', 'joins', 'response_shares', 'extent', 'strips', 'kernel_name', 'kernel',
            'spectrum', 'high_share', 'refined_maps', 'white_response', 'frequencies', 'spectrum_rows', 'mmd',
            'modality_gap', 'gap', 'pooled_ends', 'fifths', 'pair_weights', 'pair_gradients', 'hardness_rows',
-           'anchor_row', 'training_distances', 'hardness', 'partner', 'elsewhere', 'transfer', 'plan_of',
+           'anchor_row', 'training_distances', 'hardness', 'partner', 'elsewhere', 'no_transfer', 'transfer', 'plan_of',
            'load_weights', 'open_run', 'check_probe', 'tidy', 'probe', 'probes_folder', 'to_text', 'write_probe',
            'load_probes', 'table', 'main']
 
@@ -209,7 +209,7 @@ def noise(subject: Subject) -> Tables:
     about: Row = {"kind": "none", "level": 0.0}
     scores = score_queries(clean, clean, split)
     tables: Tables = {"noise": score_rows(scores, about), "drift": []}
-    for kind, level in ((kind, level) for kind in NOISE for level in NOISE[kind]):
+    for kind, level in [(kind, level) for kind, each in NOISE.items() for level in each]:
         features, gates = see(NoisyImages(test, kind, level))
         about = {"kind": kind, "level": level}
         tables["noise"] += score_rows(score_queries(features, clean, split), about)
@@ -618,14 +618,20 @@ def elsewhere(name: str) -> Split:
     return load(name, render_set(root, STRANGERS[name]) if name in POCKET else None)
 
 
+def no_transfer(why: str) -> Tables:
+    """No scores on another data set, and the reason."""
+    return {"transfer": [], "missing": [{"table": "transfer", "reason": why}]}
+
+
 def transfer(subject: Subject) -> Tables:
     """Scores on the partner's test set, or the reason why not as table `missing`."""
     other = partner(subject.data.split.name)
+    if other is None:
+        return no_transfer("no partner")
     try:
-        split = elsewhere(other or "")
-    except (FileNotFoundError, ValueError):  # not there; no partner, or a damaged one
-        why = f"no whole copy of {other} in data/{other}" if other else "no partner"
-        return {"transfer": [], "missing": [{"table": "transfer", "reason": why}]}
+        split = elsewhere(other)
+    except (FileNotFoundError, ValueError):  # not there, or damaged
+        return no_transfer(f"no whole copy of {other} in data/{other}")
     recipe, modality = subject.plan.recipe, split.test.modality
     images = pack(split.root, split.test.path, (recipe.height, recipe.width))
     features = embed(subject.trained, images, modality, False, device=subject.device)

@@ -34,7 +34,7 @@ STATUSES = {
     "paper": "copied from the publication, with its citation",
     "author-code": "the authors' code, run by us",
     "author-weights": "the authors' weights, evaluated by us",
-    "reproduced": "our code, the full recipe and protocol, the real data",
+    "full": "our code, the full recipe and protocol, the real data, whatever the score",
     "partial": "our code on the real data with fewer epochs, steps or trials",
     "smoke": "rendered or written data: shows that the code runs, and nothing else",
     "failed": "started and did not finish, or diverged",
@@ -48,11 +48,11 @@ def run_status(
     rendered: bool,  # whether the images were rendered by `people`
     reduced: Iterable[str],  # what departs: parameters, counts of the copy
 ) -> str:
-    """The status of a run that finished: "smoke", "partial" or "reproduced"."""
+    """The status of a run that finished: "smoke", "partial" or "full"."""
     if rendered or dataset.startswith("pocket-"):
         return "smoke"
     whole = preset == "paper" and dataset != "folder" and not list(reduced)
-    return "reproduced" if whole else "partial"
+    return "full" if whole else "partial"
 
 # %% ../nbs/22_records.ipynb #88b2f92f
 _TEXT, _NUMBER = {"type": "string"}, {"type": "number"}
@@ -237,7 +237,7 @@ def new_record(
         "packages": package_versions(),
         "data": dict(data),
         "machine": machine(torch.device("cpu"), 0.0, "unknown"),
-        "command": " ".join(papermill_command() or sys.argv),
+        "command": " ".join(papermill_command() or [Path(sys.argv[0]).name]),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

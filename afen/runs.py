@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'PAGE_WIDTH', 'injected', 'Plan', 'make_plan',
-           'change_recipe', 'Data', 'departures', 'open_data', 'start', 'data_key', 'score', 'score_table', 'one_line',
-           'begin_record', 'end_record', 'save_weights', 'draw', 'ranked', 'finished', 'carry_out', 'pictures',
-           'page_records', 'page_scores', 'report']
+           'change_recipe', 'Data', 'count_departures', 'open_data', 'start', 'data_key', 'score', 'score_table',
+           'one_line', 'begin_record', 'end_record', 'save_weights', 'draw', 'ranked', 'finished', 'carry_out',
+           'pictures', 'page_records', 'page_scores', 'report']
 
 # %% ../nbs/25_runs.ipynb #59e2a2e5
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from afen.core import (
     check_parameters,
     digest,
     nearest,
+    papermill_command,
     pick_device,
     project_root,
     seed_everything,
@@ -39,6 +40,8 @@ from afen.evaluation import (
     average,
     cosine_distances,
     evaluate_trials,
+    may_see,
+    measures,
     summarise,
 )
 from .joints import with_joints
@@ -113,8 +116,14 @@ DEFAULTS: dict[str, Any] = {name: None for name in PARAMETERS} | {
 def injected(
     namespace: Mapping[str, Any],  # globals() after the parameters
     before: set[str],  # the names there were before them
+    known: Iterable[str],  # the parameters' names
 ) -> dict[str, Any]:
-    """The names that a notebook's parameters cell, and papermill after it, defined."""
+    """The names that a notebook's parameters cell, and papermill after it, defined.
+
+    Without papermill the known ones, so that cells can be run again.
+    """
+    if not papermill_command():
+        return {name: namespace[name] for name in known}
     new = {k: v for k, v in namespace.items() if k not in before}
     return {k: v for k, v in new.items() if not k.startswith("_") and k != "before"}
 
@@ -147,8 +156,8 @@ def make_plan(given: Mapping[str, Any]) -> Plan:
         p["preset"] = "pocket" if p["dataset"].startswith("pocket-") else "paper"
     kind, changes = method_class(p["method"]), {k: p[k] for k in CHANGES}
     nearest(p["preset"], kind.recipes, f"preset of {kind.name}")
-    recipe, switches = kind.settings(p["preset"], p["dataset"])
-    recipe = change_recipe(recipe, changes)
+    own, switches = kind.settings(p["preset"], p["dataset"])
+    recipe = change_recipe(own, changes)
     named = {k: p[k] for k in SWITCHES if k != "options" and p[k] is not None}
     for name in named.keys() - kind.switches.keys():
         has = ", ".join(kind.switches) or "none"
@@ -161,8 +170,9 @@ def make_plan(given: Mapping[str, Any]) -> Plan:
             f"Weights file {weights} does not exist: use imagenet, none, or the path "
             "of a state dict."
         )
-    changed = [k for k in (*CHANGES, "steps") if p[k] is not None]
-    changed += ["noise"] if p["noise"] else []
+    given = [k for k in CHANGES if p[k] is not None]
+    changed = [k for k in given if getattr(recipe, k) != getattr(own, k)]
+    changed += [k for k in ("steps", "noise") if p[k]]
     changed += [k for k, v in options.items() if v != switches[k]]
     plan = Plan(p, recipe, options, tuple(changed), Path())
     folder = p["out"] or project_root() / "runs" / run_id(plan.decides())
@@ -202,7 +212,7 @@ class Data:
         }
 
 # %% ../nbs/25_runs.ipynb #29176024
-def departures(dataset: str, root: str | None) -> tuple[str, ...]:
+def count_departures(dataset: str, root: str | None) -> tuple[str, ...]:
     """Where a copy departs from the published counts, a sentence each."""
     if dataset == "folder" or dataset.startswith("pocket-"):
         return ()
@@ -244,7 +254,7 @@ def open_data(plan: Plan) -> Data:
     rendered = "x0" in split.train
     if rendered and not p["dataset"].startswith("pocket-"):
         print(f"{split.root} has a joints.csv, as rendered sets have: status smoke.")
-    odd = () if rendered else departures(p["dataset"], p["root"])
+    odd = () if rendered else count_departures(p["dataset"], p["root"])
     for sentence in odd:
         print(f"warning: {sentence}")
     split = with_noise(split, p["noise"], p["seed"])
@@ -380,24 +390,20 @@ def _why(plan: Plan, status: str) -> list[str]:
 def _entry(setting: str, each: list[Scores], split: Split) -> dict[str, Any]:
     """A setting's scores as the record holds them."""
     trials = [t for t in split.trials if setting.startswith(t.setting)]
-    values = [
-        {"mAP": s.mAP, "mINP": s.mINP} | {f"rank{k}": s.rank(k) for k in (1, 5, 10, 20)}
-        for s in each
-    ]
-    size = len(trials[0].gallery)
+    values, size = [measures(scores) for scores in each], len(trials[0].gallery)
     return score_entry(
         summarise(each), values, split.protocol, each[0].n_queries, size
     )
 
 # %% ../nbs/25_runs.ipynb #be384e1e
-def save_weights(method: Method, folder: Path, identity: str) -> Path:
+def save_weights(method: Method, folder: Path, run: str) -> Path:
     """Write the method's weights as safetensors, with the run's name inside.
 
     The checkpoint has done its work and goes: the next run of the name starts anew.
     """
     path = folder / "weights.safetensors"
     state = {k: v.detach().cpu().contiguous() for k, v in method.state_dict().items()}
-    save_file(state, path, metadata={"run": identity, "method": method.name})
+    save_file(state, path, metadata={"run": run, "method": method.name})
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return path
 
@@ -415,7 +421,10 @@ def draw(
     distances = cosine_distances(features[trial.query], features[trial.gallery])
     pairs = distances, ids[trial.query], ids[trial.gallery]
     curves = {setting: average(each).cmc for setting, each in scores.items()}
-    queries, shown, right = ranked(distances, trial, ids, data.test)
+    cams = data.split.test.camera.to_numpy()
+    rules = *pairs[1:], cams[trial.query], cams[trial.gallery], data.split.protocol
+    seen = np.where(may_see(*rules), distances, np.inf)
+    queries, near, right = ranked(seen, trial, ids, data.test)
     drawings = {
         "loss_curves": (figures.loss_curves(metrics, smoke), metrics),
         "learning_rate": (
@@ -428,7 +437,7 @@ def draw(
             figures.distance_table(*pairs),
         ),
         "ranked_lists": (
-            figures.ranked_lists(queries, shown, right, smoke),
+            figures.ranked_lists(queries, near, right, smoke),
             figures.ranked_table(right),
         ),
     }
@@ -439,7 +448,7 @@ def draw(
 
 # %% ../nbs/25_runs.ipynb #276e1628
 def ranked(
-    distances: np.ndarray,  # [Q, G]
+    distances: np.ndarray,  # [Q, G], infinite for what a query may not see
     trial: Any,
     ids: np.ndarray,  # identity of every test image
     packed: PackedImages,
@@ -447,7 +456,7 @@ def ranked(
     depth: int = 8,
 ) -> tuple[list[np.ndarray], list[list[np.ndarray]], list[list[bool]]]:
     """A few queries at even steps, their nearest gallery images, and who is right."""
-    rows = np.linspace(0, len(trial.query) - 1, n_queries).astype(int)
+    rows = np.unique(np.linspace(0, len(trial.query) - 1, n_queries).astype(int))
     near = np.argsort(distances[rows], axis=1, kind="stable")[:, :depth]
     query, gallery = trial.query[rows], trial.gallery[near]  # [n], [n, depth]
     right = ids[gallery] == ids[query][:, None]
@@ -480,8 +489,8 @@ def carry_out(plan: Plan) -> None:
     metrics = run.fit(progress=False)
     features, scores = score(plan, data, run)
     end_record(record, plan, data, run, scores)
-    save_weights(run.method, plan.folder, record["id"])
     draw(plan, data, metrics, features, scores)
+    save_weights(run.method, plan.folder, record["id"])
 
 # %% ../nbs/25_runs.ipynb #2731804e
 PAGE_WIDTH = 500  # pixels of a picture of ranked lists: a notebook stays under 1 MB

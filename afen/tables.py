@@ -41,7 +41,7 @@ CELL = ["method", "dataset", "setting", "metric"]  # what names a cell
 
 
 def published(
-    name: str = "table1",  # table1, originals or remeasured
+    name: str = "table1",  # table1, originals, remeasured or stronger
 ) -> pd.DataFrame:
     """The rows of `data/published/<name>.csv`, with `value` in per cent (NaN for "-")
     and `decimals`, how many the source gives.
@@ -140,7 +140,7 @@ def check_entry(record: Mapping[str, Any]) -> None:
         )
 
 # %% ../nbs/23_tables.ipynb #22e930ad
-STANDING = ("reproduced", "author-code", "author-weights", "partial")  # best first
+STANDING = ("full", "author-code", "author-weights", "partial")  # best first
 
 
 def recipe_of(
@@ -166,7 +166,7 @@ def of_row(
         own = [r for r in records if recipe_of(r["parameters"] | free) in recipes]
         if own:
             return own
-    worth = {"reproduced": "partial"}
+    worth = {"full": "partial"}
     return [
         {**record, "status": worth.get(record["status"], record["status"])}
         | {"reason": record["reason"] or OTHER_RECIPE}
@@ -217,7 +217,7 @@ def measured(
     table = scores_table(done).query("setting == @setting and metric == @metric")
     percent = {name: 100 * table[name].astype(float) for name in ("value", "std")}
     found = averaged(table.assign(**percent))
-    whole = found["whole"] and best == "reproduced" and not failed
+    whole = found["whole"] and best == "full" and not failed
     return found | fate | {"whole": whole}
 
 # %% ../nbs/23_tables.ipynb #d979c216
@@ -308,7 +308,7 @@ def _lines(cell: Mapping[str, Any]) -> dict[str, str]:
     difference = number(cell["difference"])
     sign = "+" if cell["difference"] > 0 else ""
     found = cell["verdict"] if cell["verdict"] != "not run" else ""
-    mark = "" if cell["status"] in ("reproduced", ours) else f", {cell['status']}"
+    mark = "" if cell["status"] in ("full", ours) else f", {cell['status']}"
     said = ": ".join(filter(None, (sign + difference, found)))
     return {
         "paper": number(cell["paper"]) or "-",

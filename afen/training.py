@@ -176,10 +176,12 @@ SMALL = 8  # pixels of a map; larger ones are left to torch
 def multiply(function: Any, *args: Any, **kwargs: Any) -> Any:
     """One of PRODUCTS: a convolution of small maps by its taps, others as torch does."""
     convolution, gradients, *_ = PRODUCTS
-    x, kernel, bias, *how = args[1:] if function == gradients else (*args, None)
+    if function not in (convolution, gradients):
+        return function(*args, **kwargs)
+    x, kernel, bias, *how = args if function == convolution else args[1:]
     bare = not isinstance(bias, Tensor) and bias in (None, [0])  # its sizes, backwards
-    fits = function in (convolution, gradients) and bare and how[:6] == BY_TAPS
-    if not fits or kernel.shape[2:] != (3, 3) or x.shape[2:].numel() > SMALL:
+    fits = bare and how[:6] == BY_TAPS and kernel.shape[2:] == (3, 3)
+    if not fits or x.shape[2:].numel() > SMALL:
         return function(*args, **kwargs)
     if function == convolution:
         return convolve_by_taps(x, kernel)
@@ -253,7 +255,7 @@ def fastest_precision(
     """The precision whose training step is fastest, and its seconds a step.
 
     Timed on the batch at a learning rate of zero; the method's state is restored. What
-    would be computed in software is no choice of "auto".
+    would be computed in software, or does not fit the GPU, is no choice of "auto".
     """
     nearest(choice, ["auto", *PRECISIONS], "precision")
     device = batch.visible.device
@@ -264,7 +266,12 @@ def fastest_precision(
 
     def seconds(precision: str) -> float:
         step = lambda: train_step(method, optimiser, batch, 0, precision)
-        return time_step(step, device)
+        try:
+            return time_step(step, device)
+        except torch.cuda.OutOfMemoryError:
+            if precision == choices[-1]:  # the one that needs the least
+                raise
+            return math.inf
 
     times = {precision: seconds(precision) for precision in choices}
     method.load_state_dict(state)
@@ -367,7 +374,7 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Read a checkpoint without running code from it.
 
-    Raises ValueError when it is unreadable or belongs to other parameters.
+    Raises ValueError when it is unreadable or belongs to other parameters or images.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -378,8 +385,8 @@ def load_checkpoint(
         ) from None
     if state["key"] != key:
         raise ValueError(
-            f"Checkpoint {path} was written with other parameters: use -p resume False "
-            "to start again, or another -p out."
+            f"Checkpoint {path} was written with other parameters or on other images: "
+            "use -p resume False to start again, or another -p out."
         )
     return state
 
@@ -540,9 +547,11 @@ def embed(
     flip: bool = True,  # average the image and its mirror
     batch_size: int = 64,
     device: torch.device = torch.device("cpu"),
-    precision: str = "float32",
 ) -> np.ndarray:
-    """Unit features [N, D] (float32) of all images, each through its own stem."""
+    """Unit features [N, D] (float32) of all images, each through its own stem.
+
+    Raises FloatingPointError when the network gives no numbers.
+    """
     method.eval()
     features = None
     for name in ("visible", "infrared"):
@@ -551,7 +560,7 @@ def embed(
             continue
         for part in np.array_split(rows, math.ceil(len(rows) / batch_size)):
             images = packed.batch(part, device)
-            with arithmetic(device), autocast(device, precision):
+            with arithmetic(device):
                 views = [images, images.flip(3)] if flip else [images]
                 mean = sum(method.embed(view, name).float() for view in views)
             found = F.normalize(mean).cpu().numpy()

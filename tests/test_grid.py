@@ -95,6 +95,15 @@ def test_controls_have_the_size_of_what_they_control(module, preset):
     assert abs(control / own - 1) < 0.01
 
 
+def test_a_kept_run_of_another_data_set_is_no_basis_for_a_cost():
+    """LLCM and one's own crops are in no plan, and their length is not known."""
+    jobs = grid.jobs("paper", ["rows"])[:1]
+    for name in ("llcm", "folder"):
+        parameters = jobs[0].decides | {"dataset": name}
+        other = {"id": name, "status": "partial", "parameters": parameters}
+        assert grid.plan(jobs, [other]).minutes.isna().all()
+
+
 def record(job, status="smoke", value=0.5):
     """What tables read of a record."""
     mean = {"mean": dict.fromkeys(grid.METRICS, value)}

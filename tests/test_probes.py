@@ -34,7 +34,7 @@ def run(tmp_path_factory):
     plan = make_plan(
         DEFAULTS
         | {"dataset": "regdb", "preset": "pocket", "root": str(root)}
-        | {"out": str(folder / "run"), "precision": "bfloat16"}
+        | {"out": str(folder / "run"), "precision": "bfloat16", "device": "cpu"}
         | {"epochs": 1, "steps": 1, "identities": 2, "images": 2}
     )
     carry_out(plan)
@@ -43,7 +43,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def subject(run):
-    return probes.open_run(*run)[1]
+    return probes.open_run(*run, "cpu")[1]
 
 
 def random(*shape, key=0):
@@ -198,12 +198,13 @@ def test_measuring_changes_nothing(subject):
 def test_the_command_line_keeps_a_probe_that_repeats(run, tmp_path):
     folder, root = run
     words = [sys.executable, "-m", "afen.probes", folder, "--root", root]
+    words += ["--device", "cpu"]
     done = subprocess.run(
         [*words, "--out", tmp_path], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (kept,) = probes.load_probes(tmp_path)
-    again = probes.probe(folder, root)
+    again = probes.probe(folder, root, "cpu")
     assert kept["measures"] == again["measures"] and kept["status"] == "smoke"
     assert len(probes.table([kept], "noise")) == 2 * (1 + 6)
     path = tmp_path / f"{kept['run']}.json"

@@ -78,7 +78,7 @@ def base():
 def record(base):
     """A maker of sealed records whose scores are all one value, in per cent."""
 
-    def make(value, status="reproduced", galleries=1, std=None, **which):
+    def make(value, status="full", galleries=1, std=None, **which):
         parameters = base["parameters"] | which
         protocol = parameters["dataset"].removeprefix("pocket-")
         summary = {name: {"mean": value / 100, "std": std} for name in METRICS}
@@ -146,7 +146,7 @@ def test_a_record_edited_by_hand_is_refused_in_memory(record):
 
 def test_a_smoke_record_is_refused_however_it_is_named(record, base):
     smoke = record(99.0, "smoke", dataset="pocket-regdb")
-    renamed = record(99.0, "reproduced", dataset="pocket-regdb")
+    renamed = record(99.0, "full", dataset="pocket-regdb")
     rendered = record(99.0) | {"data": base["data"] | {"rendered": True}}
     rendered["fingerprint"] = fingerprint(rendered)
     for wrong in (smoke, renamed, rendered):
@@ -220,7 +220,7 @@ def test_failed_runs_are_counted(record):
     alone = cell(table1(failed))
     assert (alone["status"], alone["verdict"]) == ("failed (2 of 2)", "inconclusive")
     among = cell(table1(ten(record, 86.0)[:8] + failed))
-    assert among["status"] == "reproduced; failed (2 of 10)"
+    assert among["status"] == "full; failed (2 of 10)"
     assert among["verdict"] == "inconclusive"
     assert "failed (2 of 10)" in table1_markdown(table1(ten(record, 86.0)[:8] + failed))
 
@@ -230,7 +230,7 @@ def test_partial_runs_never_give_a_verdict_nor_mix_with_whole_ones(record):
     found = cell(table1(partial))
     assert (found["status"], found["verdict"]) == ("partial", "inconclusive")
     both = cell(table1(ten(record, 70.0) + partial))
-    assert (both["status"], both["mean"]) == ("reproduced", 70)
+    assert (both["status"], both["mean"]) == ("full", 70)
     other = [record(50.0, "partial", noise=x) for x in (0.2, 0.5)]
     mixed = cell(table1(other))
     assert np.isnan(mixed["mean"]) and "2 recipes" in mixed["reason"]
@@ -262,7 +262,7 @@ def test_a_row_is_planned_by_the_grid(base):
     assert tables.of_row([bare, *exact], planned) == exact
     assert tables.of_row([*exact, *own], planned) == own
     for changed in ({"epochs": 60}, {"noise": 0.2}, {"flip": False}, {"stable": False}):
-        finished = run(**changed) | {"status": "reproduced"}
+        finished = run(**changed) | {"status": "full"}
         assert tables.of_row([finished, *own], planned) == own
         assert tables.of_row([finished], planned)[0]["status"] == "partial"
 

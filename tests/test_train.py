@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from afen import training
 from afen.people import write_tree
 from afen.records import read_record
 from afen.training import load_checkpoint, save_checkpoint
@@ -211,3 +213,16 @@ def test_a_label_that_noise_takes_away_keeps_its_output(tmp_path):
         raise AssertionError("no seed takes a label away: raise the noise")
     run = start(plan, data)
     assert run.method.n_identities == table.identity.nunique()
+
+
+def test_a_precision_that_does_not_fit_is_no_choice(monkeypatch):
+    def step(method, optimiser, batch, epoch, precision):
+        if precision == "float32":
+            raise torch.cuda.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(training, "train_step", step)
+    monkeypatch.setattr(training, "in_software", lambda device, precision: False)
+    method, batch = torch.nn.Linear(1, 1), SimpleNamespace(visible=torch.zeros(1))
+    assert training.fastest_precision(method, batch)[0] == "bfloat16"
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        training.fastest_precision(method, batch, "float32")
