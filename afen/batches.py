@@ -399,11 +399,13 @@ def check_sampler(
     """Raise ValueError if the rows cannot fill a batch."""
     for name in np.unique(modality):
         nearest(str(name), sampler.own, "modality")
-    if len(sampler.able) < sampler.n_identities:
+    n_able, fewer = len(sampler.able), len(sampler.able) < len(sampler.labels)
+    if n_able < sampler.n_identities:
+        enough = f" with {least} or more images of each modality" if fewer else ""
         raise ValueError(
             f"A batch needs {sampler.n_identities} identities and the training table "
-            f"has {len(sampler.able)} with {least} or more images of each modality: "
-            "lower -p identities or -p images, or add people."
+            f"has {n_able}{enough}: lower -p identities{' or -p images' * fewer}, or add "
+            "people."
         )
     for name, own in sampler.own.items():
         counts = own.counts[sampler.able]

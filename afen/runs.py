@@ -170,8 +170,8 @@ def make_plan(given: Mapping[str, Any]) -> Plan:
             f"Weights file {weights} does not exist: use imagenet, none, or the path "
             "of a state dict."
         )
-    given = [k for k in CHANGES if p[k] is not None]
-    changed = [k for k in given if getattr(recipe, k) != getattr(own, k)]
+    said = [k for k, value in changes.items() if value is not None]
+    changed = [k for k in said if getattr(recipe, k) != getattr(own, k)]
     changed += [k for k in ("steps", "noise") if p[k]]
     changed += [k for k, v in options.items() if v != switches[k]]
     plan = Plan(p, recipe, options, tuple(changed), Path())
@@ -475,9 +475,9 @@ def _caption(name: str, plan: Plan, setting: str) -> str:
 # %% ../nbs/25_runs.ipynb #9c187e29
 def finished(plan: Plan) -> Path:
     """The folder of a finished run; without one, the run is made now, in minutes."""
-    path = plan.folder / "record.json"
-    if not path.exists() or read_record(path)["status"] == "failed":
-        carry_out(plan)
+    weights, record = (plan.folder / n for n in ("weights.safetensors", "record.json"))
+    if not weights.exists() or read_record(record)["status"] == "failed":
+        carry_out(plan)  # weights are written last
     return plan.folder
 
 

@@ -397,7 +397,7 @@ class Run:
     `fit` trains to the recipe's last epoch. With `folder`, each epoch leaves
     `checkpoint.pt` and `metrics.csv` there, and `resume=True` goes on from a checkpoint:
     the result is the same, bit for bit, on the same processor with the same precision
-    and threads. On a GPU it is nearly the same.
+    and threads. On a GPU that was not tried.
     """
 
     def __init__(
