@@ -38,7 +38,7 @@ train: install  ## one run: make train DATASET=regdb METHOD=afen ARGS="-p trial 
 test: install  ## notebooks and modules in step, every notebook, every test
 	$(BIN)/python tests/in_step.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_file_re '^[_.]|^train'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lab: install  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs

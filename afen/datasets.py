@@ -278,7 +278,8 @@ def read_regdb(
 ) -> Parts:
     """Training table, test table and the two trials of one official RegDB split.
 
-    Cameras do not matter here: visible is 1 and infrared 2. Errors as `list_indexed`.
+    Cameras do not matter here: visible is 1 and infrared 2. Raises ValueError for a split
+    that is not 1 to 10; other errors as `list_indexed` and `relabel`.
     """
     if not 1 <= trial <= 10:
         raise ValueError(f"RegDB has splits 1 to 10: trial {trial} is not among them.")

@@ -73,7 +73,10 @@ class ConvEmbedding(nn.Module):
 
 # %% ../nbs/12_fem.ipynb #c4a372af
 class Smooth(nn.Module):
-    """F to Q: down to half the size and back, [B, C, H, W] (F4, F5)."""
+    """F to Q: down to half the size and back, [B, C, H, W] (F4, F5).
+
+    Raises ValueError for an option that is not known and for an even kernel.
+    """
 
     def __init__(
         self,
@@ -101,7 +104,10 @@ BRANCHES = ("high", "low")
 
 
 class FeatureRefinement(nn.Module):
-    """FRM: high and low frequencies, filtered and projected, [B, C, H, W]."""
+    """FRM: high and low frequencies, filtered and projected, [B, C, H, W].
+
+    Raises ValueError for a switch that is not known and for an even kernel.
+    """
 
     def __init__(
         self,
@@ -149,7 +155,10 @@ def spatial_context(
     norm: Factory = LayerNorm2d,
     act: Factory = nn.GELU,
 ) -> nn.Sequential:
-    """FANet's SCM: LN(GELU(7x7 convolution in 4 groups)), [B, C, H, W] (F8)."""
+    """FANet's SCM: LN(GELU(7x7 convolution in 4 groups)), [B, C, H, W] (F8).
+
+    Raises ValueError when 4 does not divide C.
+    """
     if channels % 4:
         raise ValueError(
             f"fuse='scm' has 4 groups and cannot split {channels} channels: use "
@@ -160,7 +169,11 @@ def spatial_context(
 
 # %% ../nbs/12_fem.ipynb #cae985e8
 class Mixer(nn.Module):
-    """CE, compression, FRM and the fusing 1x1: FEM's first half, [B, C, H, W]."""
+    """CE, compression, FRM and the fusing 1x1: FEM's first half, [B, C, H, W].
+
+    Raises ValueError when `compress` does not divide C, and for an option that is not
+    known.
+    """
 
     def __init__(
         self,
@@ -176,6 +189,7 @@ class Mixer(nn.Module):
         super().__init__()
         if compress < 1 or channels % compress:
             raise ValueError(f"compress is {compress}: it must divide {channels}.")
+        check_options(OPTIONS, embedding=embedding, fuse=fuse)
         few, made = channels // compress, {"norm": norm, "act": act}
         self.embed = nn.Identity()
         if embedding != "none":
@@ -198,7 +212,10 @@ class Mixer(nn.Module):
 
 # %% ../nbs/12_fem.ipynb #2992f43a
 class ConvMLP(nn.Module):
-    """FANet's convolutional MLP, C to ratio * C to C, [B, C, H, W] (F10)."""
+    """FANet's convolutional MLP, C to ratio * C to C, [B, C, H, W] (F10).
+
+    Raises ValueError when `ratio` is below 1.
+    """
 
     def __init__(
         self,
@@ -252,8 +269,7 @@ class FEM(nn.Module):
         branches: Sequence[str] = BRANCHES,  # of FRM, for the ablation
     ) -> None:
         super().__init__()
-        named = {"norm": norm, "embedding": embedding, "sites": sites, "fuse": fuse}
-        check_options(OPTIONS, activation=activation, **named)
+        check_options(OPTIONS, norm=norm, sites=sites, activation=activation)
         self.channels = channels
         outer, act, bare = NORMS[norm], ACTIVATIONS[activation], sites == "bare"
         inner = (nn.Identity, nn.Identity) if bare else (outer, act)

@@ -130,7 +130,7 @@ def save(
 # %% ../nbs/24_figures.ipynb #a7ec7ac8
 CAPTIONS = {
     "loss_curves": "Mean training loss of each epoch: the total that is minimised "
-    "(black) and its terms. A flat term has stopped to teach.",
+    "(black) and its terms. A flat term no longer teaches.",
     "learning_rate": "Base learning rate of each epoch on a logarithmic axis.",
     "cmc_curve": "Cumulative matching curve: the share of queries whose first match "
     "stands at this rank or before. The legend repeats the value at rank 1.",

@@ -54,12 +54,12 @@ class Group:
 BOTH = ("regdb", "sysu")
 METHODS = ("agw", "xmodal", "ddag", "spot", "pmt", "dart", "caj", "afen")
 ROWS = Group(
-    "rows", "methods", "Which method is best?", "caj",
+    "rows", "methods", "What does each row reach?", "caj",
     {name: {"method": name} for name in METHODS}, BOTH,
 )  # fmt: skip
 
 # %% ../nbs/26_grid.ipynb #01494e59
-FULL = "MECS and FEM"  # AFEN as it stands: in every group, and one run for all
+FULL = "MECS and FEM"  # AFEN as it stands: one run for all groups that have it
 CORE = Group(
     "ablation", "modules", "What does each module add, and more than its size would?",
     "base",

@@ -124,7 +124,10 @@ def shared_mlp(
     channels: int,  # C
     reduction: int = 4,  # r: the hidden width is C/r, at least 1 (M1)
 ) -> nn.Sequential:
-    """The MLP of Eq. (1): 1x1 convolutions C to C/r to C with a ReLU between."""
+    """The MLP of Eq. (1): 1x1 convolutions C to C/r to C with a ReLU between.
+
+    Raises ValueError when `reduction` is below 1.
+    """
     if reduction < 1:
         raise ValueError(f"reduction is {reduction}: it must be at least 1.")
     hidden = max(1, channels // reduction)
@@ -148,7 +151,10 @@ POOLS = ("average", "maximum", "median")
 
 
 class ChannelAttention(nn.Module):
-    """F' of Eqs. (1) and (2): the map times one gate a channel, [B, C, H, W]."""
+    """F' of Eqs. (1) and (2): the map times one gate a channel, [B, C, H, W].
+
+    Raises ValueError for an option that is not known.
+    """
 
     def __init__(
         self,
@@ -198,7 +204,10 @@ def depthwise(
     kernel: int | tuple[int, int],  # odd sizes, (rows, columns)
     stride: int = 1,
 ) -> nn.Conv2d:
-    """A convolution of each channel with its own kernel, padded to keep the size."""
+    """A convolution of each channel with its own kernel, padded to keep the size.
+
+    Raises ValueError for an even kernel.
+    """
     rows, columns = (kernel, kernel) if isinstance(kernel, int) else kernel
     check_odd(rows, columns)
     padding = (rows // 2, columns // 2)
@@ -212,7 +221,10 @@ def strip_convolutions(
     strips: Sequence[int] = (7, 11, 21),  # taps, odd (M8)
     layout: str = "parallel",  # or "chained" (M8)
 ) -> nn.ModuleList:
-    """The D_i of Eq. (3): two for each strip, or one pair in a chain."""
+    """The D_i of Eq. (3): two for each strip, or one pair in a chain.
+
+    Raises ValueError for an empty list and for an even strip.
+    """
     if not strips:
         raise ValueError("strips is empty: give at least one odd number of taps.")
     pairs = [(depthwise(channels, (1, k)), depthwise(channels, (k, 1))) for k in strips]
@@ -222,7 +234,10 @@ def strip_convolutions(
 
 # %% ../nbs/11_mecs.ipynb #519199f2
 class MultiScale(nn.Module):
-    """F_s of Eq. (3): depthwise strips over a 5x5 convolution, [B, C, H, W]."""
+    """F_s of Eq. (3): depthwise strips over a 5x5 convolution, [B, C, H, W].
+
+    Raises ValueError for an option that is not known and for an even kernel.
+    """
 
     def __init__(
         self,

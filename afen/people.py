@@ -1152,7 +1152,8 @@ def _arguments(spec: TreeSpec) -> dict[str, Any]:
 def render_set(root: Path, spec: TreeSpec) -> Path:
     """The tree of a specification at `root`, rendered if it is not there or not whole.
 
-    Of several callers one renders, the others wait. A damaged tree is replaced.
+    Of several callers one renders, the others wait. A damaged tree is replaced. Raises
+    RuntimeError in a worker whose script does not guard what it does.
     """
     if getattr(current_process(), "_inheriting", False):  # or it waits for its parent
         raise RuntimeError(

@@ -196,7 +196,7 @@ def relative_change(
 
 # %% ../nbs/27_probes.ipynb #7b4b4141
 def noise(subject: Subject) -> Tables:
-    """Scores with noisy queries, and the drift of the channel attention, Eq. (1)."""
+    """Scores with noisy queries, and the drift of the channel attention, Eq. (A)."""
     attentions = parts(subject.trained, ChannelAttention)
     split, test = subject.data.split, subject.data.test
 
@@ -231,7 +231,7 @@ def drift(
     clean: Mapping[str, Tensor],  # name -> [pools + 1, N, C]
     about: Row,  # which noise
 ) -> list[Row]:
-    """A row for each module and branch: drift and spread of Eq. (1)."""
+    """A row for each module and branch: drift and spread of Eq. (A)."""
     rows = []
     for name, attention in attentions.items():
         moved = relative_change(noisy[name], clean[name])
@@ -279,7 +279,7 @@ def extent(
     weights: Tensor,  # [..., k], k odd
     size: int | None = None,  # S, the map's length along the strip; endless if None
 ) -> Tensor:
-    """The extent of each kernel in positions, Eq. (2), [...]."""
+    """The extent of each kernel in positions, Eq. (B), [...]."""
     k = weights.shape[-1]
     offset = torch.arange(k, device=weights.device) - k // 2
     mass = weights.abs()
@@ -291,7 +291,7 @@ def extent(
 
 # %% ../nbs/27_probes.ipynb #60ed4bd7
 def strips(subject: Subject) -> Tables:
-    """Shares of the strips of Eq. (3), and the extents of their kernels, Eq. (2)."""
+    """Shares of the strips of Eq. (3), and the extents of their kernels, Eq. (B)."""
 
     def look(scales: MultiScale, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Any]:
         base = scales.base(x)
@@ -345,7 +345,7 @@ BANDS = (0.0, 0.25, 0.5, 0.75, 1.0, 2**0.5)  # upper edges; the first is the mea
 def spectrum(
     x: Tensor,  # [B, C, H, W]
 ) -> Tensor:
-    """Power in each of BANDS, Eq. (3), mean over the channels: [B, 6]."""
+    """Power in each of BANDS, Eq. (C), mean over the channels: [B, 6]."""
     height, width = x.shape[2:]
     power = torch.fft.fft2(x.float()).abs().square().mean(1) / (height * width) ** 2
     rows, columns = torch.fft.fftfreq(height), torch.fft.fftfreq(width)
@@ -428,7 +428,7 @@ def mmd(
     a: Tensor,  # [N, D]
     b: Tensor,  # [M, D]
 ) -> float:
-    """Squared maximum mean discrepancy, Eq. (4), biased: 0 for equal samples."""
+    """Squared maximum mean discrepancy, Eq. (D), biased: 0 for equal samples."""
     distances = pairwise_distances(torch.cat([a, b]).double())
     pairs = torch.triu(torch.ones_like(distances), 1) > 0
     kernel = (-distances.square() / (2 * distances[pairs].median() ** 2)).exp()
@@ -441,7 +441,7 @@ def modality_gap(
     identity: np.ndarray,  # [N]
     infrared: np.ndarray,  # [N] bool
 ) -> Row:
-    """Eq. (4), distance of the centroids, mean distances of four kinds of pairs."""
+    """Eq. (D), distance of the centroids, mean distances of four kinds of pairs."""
     distances = pairwise_distances(features.double()).cpu().numpy()
     pairs = np.triu(np.ones_like(distances), 1) > 0
     unit = distances[pairs].mean()

@@ -101,7 +101,8 @@ def verdict(
 PROTOCOL = {
     "gallery": "SYSU-MM01: ten galleries of one model, drawn with Python's generator as "
     "in the released code of AGW. RegDB: ten splits, one training each",
-    "shots": "one image of each person and camera; the paper does not say how many",
+    "shots": "one image of each person and camera; the paper names single-shot and multi-shot "
+    "and does not say which its table has",
     "feature": "after the normalisation neck (X-modality: before it; DDAG: behind the "
     "attention over parts; DART: mean of two networks), scaled to length one; cosine "
     "distance; no re-ranking",
