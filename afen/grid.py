@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BOTH', 'METHODS', 'ROWS', 'FULL', 'CORE', 'LOSSES', 'POOLING', 'BRANCHES', 'PLACES', 'STRIPS', 'REDUCTION', 'JOINS',
            'RECIPE', 'NONLOCAL', 'NOISE', 'GRID', 'STUDIES', 'PRESETS', 'IMAGES', 'METRICS', 'SETTINGS', 'COLUMNS',
-           'Group', 'switched', 'Preset', 'Job', 'make_job', 'jobs', 'runs_of', 'job_lines', 'total_steps',
+           'Group', 'switch_change', 'Preset', 'Job', 'make_job', 'jobs', 'runs_of', 'job_lines', 'total_steps',
            'step_seconds', 'step_work', 'step_cost', 'plan', 'cost_text', 'plan_text', 'timed_records', 'last_error',
            'may_pass', 'keep', 'results', 'differences', 'main']
 
@@ -86,7 +86,7 @@ LOSSES = Group(
 )  # fmt: skip
 
 # %% ../nbs/26_grid.ipynb #c835afb6
-def switched(module: str, **switches: Any) -> dict[str, Any]:
+def switch_change(module: str, **switches: Any) -> dict[str, Any]:
     """The change of parameters that sets switches of "mecs" or "fem"."""
     return {"options": {f"{module}_switches": switches}}
 
@@ -95,23 +95,23 @@ POOLING = Group(
     "ablation", "pooling branches", "Which statistics does MECS need?", "all three",
     {
         "all three": {},
-        "average": switched("mecs", pools=["average"]),
-        "maximum": switched("mecs", pools=["maximum"]),
-        "median": switched("mecs", pools=["median"]),
-        "average, maximum": switched("mecs", pools=["average", "maximum"]),
-        "average, median": switched("mecs", pools=["average", "median"]),
-        "maximum, median": switched("mecs", pools=["maximum", "median"]),
+        "average": switch_change("mecs", pools=["average"]),
+        "maximum": switch_change("mecs", pools=["maximum"]),
+        "median": switch_change("mecs", pools=["median"]),
+        "average, maximum": switch_change("mecs", pools=["average", "maximum"]),
+        "average, median": switch_change("mecs", pools=["average", "median"]),
+        "maximum, median": switch_change("mecs", pools=["maximum", "median"]),
     },
 )  # fmt: skip
 BRANCHES = Group(
     "ablation", "FEM's branches", "Which parts of FEM matter?", "S = F Q and R",
     {
         "S = F Q and R": {},
-        "high only (R)": switched("fem", branches=["high"]),
-        "low only (S)": switched("fem", branches=["low"]),
-        "S = Q and R": switched("fem", low="smooth"),
-        "without CE": switched("fem", embedding="none"),
-        "without ConvMLP": switched("fem", ratio=0),
+        "high only (R)": switch_change("fem", branches=["high"]),
+        "low only (S)": switch_change("fem", branches=["low"]),
+        "S = Q and R": switch_change("fem", low="smooth"),
+        "without CE": switch_change("fem", embedding="none"),
+        "without ConvMLP": switch_change("fem", ratio=0),
     },
 )  # fmt: skip
 
@@ -133,14 +133,14 @@ STRIPS = Group(
     "ablation", "strips", "Does MECS need its scales?", "7, 11, 21 (n = 6)",
     {
         "7, 11, 21 (n = 6)": {},
-        "7, 11 (n = 4)": switched("mecs", strips=[7, 11]),
-        "7 (n = 2)": switched("mecs", strips=[7]),
-        "3, 5, 7 (n = 6)": switched("mecs", strips=[3, 5, 7]),
+        "7, 11 (n = 4)": switch_change("mecs", strips=[7, 11]),
+        "7 (n = 2)": switch_change("mecs", strips=[7]),
+        "3, 5, 7 (n = 6)": switch_change("mecs", strips=[3, 5, 7]),
     },
 )  # fmt: skip
 REDUCTION = Group(
     "ablation", "reduction", "How wide is the shared MLP?", "r = 4",
-    {"r = 4": {}} | {f"r = {r}": switched("mecs", reduction=r) for r in (8, 16)},
+    {"r = 4": {}} | {f"r = {r}": switch_change("mecs", reduction=r) for r in (8, 16)},
 )  # fmt: skip
 
 # %% ../nbs/26_grid.ipynb #393ac477
@@ -222,18 +222,18 @@ class Job:
     dataset: str
     trial: int  # the training split, from 1
     seed: int
-    parameters: Mapping[str, Any]  # changes of train.ipynb's defaults
-    decides: Mapping[str, Any]  # all that the run's name is made of
+    changes: Mapping[str, Any]  # of train.ipynb's defaults
+    parameters: Mapping[str, Any]  # all that the run's name is made of
 
     @property
     def id(self) -> str:
         """The run's name: cells that ask for the same run have the same."""
-        return run_id(self.decides)
+        return run_id(self.parameters)
 
     def arguments(self) -> list[str]:
         """The parameters as papermill reads them."""
         words = []
-        for name, value in self.parameters.items():
+        for name, value in self.changes.items():
             nested = isinstance(value, dict)
             plain = ["-p", name, str(value)]
             words += ["-y", json.dumps({name: value})] if nested else plain
@@ -255,9 +255,9 @@ def make_job(
 ) -> Job:
     """The job of a cell on a data set. Raises ValueError for a wrong parameter."""
     which = {"dataset": dataset, "trial": trial, "seed": seed}
-    parameters = which | dict(group.cells[label]) | dict(common)
-    decides = make_plan(DEFAULTS | parameters).decides()
-    return Job(group, label, dataset, trial, seed, parameters, decides)
+    changes = which | dict(group.cells[label]) | dict(common)
+    parameters = make_plan(DEFAULTS | changes).parameters
+    return Job(group, label, dataset, trial, seed, changes, parameters)
 
 # %% ../nbs/26_grid.ipynb #55328391
 def jobs(
@@ -300,12 +300,12 @@ IMAGES = {"pocket-regdb": 1024, "pocket-sysu": 1137, "regdb": 2060, "sysu": 2225
 
 
 def total_steps(
-    decides: Mapping[str, Any],  # of a job, or the parameters of a record
+    parameters: Mapping[str, Any],  # of a job, or the parameters of a record
 ) -> int:
     """The optimiser's steps of a run (Eq. 1)."""
-    recipe, most = decides["recipe"], decides["steps"]
+    recipe, most = parameters["recipe"], parameters["steps"]
     batch = recipe["identities"] * recipe["images"]
-    each = IMAGES[decides["dataset"]] // batch + 1
+    each = IMAGES[parameters["dataset"]] // batch + 1
     return recipe["epochs"] * min(each, most or each)
 
 # %% ../nbs/26_grid.ipynb #7d82bbea
@@ -314,10 +314,10 @@ def step_seconds(record: Mapping[str, Any]) -> float:
     return record["machine"]["seconds"] / total_steps(record["parameters"])
 
 
-def step_work(decides: Mapping[str, Any]) -> float:
+def step_work(parameters: Mapping[str, Any]) -> float:
     """Multiply-adds of a batch's way through the method's network, forward only."""
-    recipe = decides["recipe"]
-    network = json.dumps([decides["method"], recipe, decides["options"]])
+    recipe = parameters["recipe"]
+    network = json.dumps([parameters["method"], recipe, parameters["options"]])
     return 2.0 * recipe["identities"] * recipe["images"] * _image_work(network)
 
 
@@ -340,22 +340,22 @@ _VARIED = ("dataset", "trial", "seed", "gallery", "noise")  # no step takes long
 
 
 def step_cost(
-    decides: Mapping[str, Any],
+    parameters: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],  # finished runs
 ) -> tuple[float, str]:
     """Seconds of a step of a run, and what they are based on; NaN without a record."""
-    own = {k: v for k, v in decides.items() if k not in _VARIED}
+    own = {k: v for k, v in parameters.items() if k not in _VARIED}
     near = [r for r in records if own.items() <= r["parameters"].items()]
-    alike = [r for r in records if _frame(r["parameters"]) == _frame(decides)]
+    alike = [r for r in records if _frame(r["parameters"]) == _frame(parameters)]
     for found, basis in ((near, "measured"), (alike, "measured in another cell")):
         if found:
             seconds = pd.Series([step_seconds(r) for r in found]).median()
             return seconds, f"{basis}, {_devices(found)}"
-    name = decides["method"]
+    name = parameters["method"]
     others = [r for r in records if r["parameters"]["method"] == name] or records
     rates = [step_seconds(r) / step_work(r["parameters"]) for r in others]
     basis = f"estimated by multiply-adds, {_devices(others)}"
-    return step_work(decides) * pd.Series(rates, dtype=float).median(), basis
+    return step_work(parameters) * pd.Series(rates, dtype=float).median(), basis
 
 
 def _devices(records: Iterable[Mapping[str, Any]]) -> str:
@@ -363,10 +363,10 @@ def _devices(records: Iterable[Mapping[str, Any]]) -> str:
     return " and ".join(sorted({record["machine"]["device"] for record in records}))
 
 
-def _frame(decides: Mapping[str, Any]) -> tuple:
+def _frame(parameters: Mapping[str, Any]) -> tuple:
     """What mostly decides a step's cost: the method and the sizes of its recipe."""
     sizes = ("height", "width", "depth", "size", "identities", "images")
-    return decides["method"], *(decides["recipe"][name] for name in sizes)
+    return parameters["method"], *(parameters["recipe"][name] for name in sizes)
 
 # %% ../nbs/26_grid.ipynb #d8e99831
 def plan(
@@ -386,10 +386,10 @@ def plan(
     costs: dict[str, tuple[float, str]] = {}
     rows = {}
     for name, job in runs_of(chosen).items():
-        alike = json.dumps({k: v for k, v in job.decides.items() if k not in _VARIED})
+        alike = json.dumps({k: v for k, v in job.parameters.items() if k not in _VARIED})
         if alike not in costs:
-            costs[alike] = step_cost(job.decides, finished)
-        (seconds, basis), steps = costs[alike], total_steps(job.decides)
+            costs[alike] = step_cost(job.parameters, finished)
+        (seconds, basis), steps = costs[alike], total_steps(job.parameters)
         state = status.get(name, "to run")
         minutes = steps * seconds / 60 if state == "to run" else 0.0
         rows[name] = (job.group.name, job.label, state, steps, seconds, basis, minutes)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .augment import to_float
 from .batches import PackedImages
-from .core import atomic_path, digest, shown, time_step
+from .core import atomic_path, digest, short_path, time_step
 from .datasets import JOINT_COLUMNS, Split, read_joints
 
 # %% ../nbs/05_joints.ipynb #6df83c13
@@ -72,7 +72,7 @@ def load_detector(
         raise FileNotFoundError(
             "The joints of the training images are not known, and the weights of "
             f"Keypoint R-CNN, which finds them, could not be downloaded ({error}): "
-            f"connect once, or put the joints into {shown(kept)} (columns path, x0, y0, "
+            f"connect once, or put the joints into {short_path(kept)} (columns path, x0, y0, "
             "v0, ..., v16), or use a rendered set, -p dataset pocket-regdb."
         ) from None
     return partial(detect, model.to(device).eval())

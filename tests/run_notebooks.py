@@ -1,5 +1,10 @@
-"""Run every notebook and keep its outputs: python tests/run_notebooks.py [NAME ...]."""
+"""Run every notebook and keep its outputs: python tests/run_notebooks.py [NAME ...].
 
+Each code cell keeps a hash of the source that was run, so that a test finds outputs of
+other code.
+"""
+
+import hashlib
 import re
 import subprocess
 import sys
@@ -26,14 +31,20 @@ def run(path: Path) -> nbformat.NotebookNode:
     return NotebookClient(book, timeout=None, resources=where).execute()
 
 
+def source_hash(source: str) -> str:
+    """Eight digits that change with a cell's source."""
+    return hashlib.blake2b(source.encode(), digest_size=4).hexdigest()
+
+
 def settle(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Drop timings, and what a progress bar overwrote."""
+    """Drop timings, and what a progress bar overwrote; note what was run."""
     book.metadata = {"kernelspec": book.metadata["kernelspec"]}
     for cell in book.cells:
-        tags = cell.metadata.get("tags")
-        cell.metadata = {"tags": tags} if tags else {}
-        if "outputs" in cell:
+        kept = {k: cell.metadata[k] for k in ("tags", "jupyter") if k in cell.metadata}
+        if cell.cell_type == "code":
+            kept["source_hash"] = source_hash(cell.source)
             cell.outputs = merge(cell.outputs)
+        cell.metadata = kept
     return book
 
 

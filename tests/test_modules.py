@@ -12,7 +12,7 @@ from afen.core import seed_everything, torch_generator
 from afen.mecs import silent_parameters
 
 ROOMS = {"mecs": mecs, "fem": fem}
-CASES = [(room, preset) for room in ROOMS for preset in ROOMS[room].PRESETS]
+CASES = [(room, preset) for room in ROOMS for preset in ROOMS[room].READINGS]
 SIZES = [(36, 18), (18, 9), (6, 3), (1, 1)]
 CHANNELS = 16
 
@@ -20,7 +20,7 @@ CHANNELS = 16
 def build(room: str, preset: str, seed: int = 0, **changes) -> nn.Module:
     """A module of a preset with weights drawn from `seed`."""
     seed_everything(seed)
-    return ROOMS[room].from_preset(preset, CHANNELS, **changes)
+    return ROOMS[room].from_reading(preset, CHANNELS, **changes)
 
 
 def feature_map(height: int = 18, width: int = 9) -> torch.Tensor:
@@ -118,7 +118,7 @@ SIZES_IN_MILLIONS = [
 @pytest.mark.parametrize("room, channels, changes, millions", SIZES_IN_MILLIONS)
 def test_parameter_counts(room, channels, changes, millions):
     with torch.device("meta"):
-        module = ROOMS[room].from_preset("paper", channels, **changes)
+        module = ROOMS[room].from_reading("paper", channels, **changes)
     assert round(sum(p.numel() for p in module.parameters()) / 1e6, 2) == millions
 
 

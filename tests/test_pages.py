@@ -30,23 +30,23 @@ def plan(tmp_path):
 
 
 def test_a_missing_run_is_made_and_a_finished_one_is_read(plan, monkeypatch):
-    folder = runs.finished(plan)
+    folder = runs.finished_run(plan)
     first = read_record(folder / "record.json")
     assert folder == plan.folder and first["status"] == "smoke" and first["scores"]
     assert (folder / "weights.safetensors").exists()
     monkeypatch.setattr(runs, "start", None)  # nothing can train from here on
-    assert read_record(runs.finished(plan) / "record.json") == first
+    assert read_record(runs.finished_run(plan) / "record.json") == first
 
 
 def test_a_failed_run_is_made_again(plan):
-    first = read_record(runs.finished(plan) / "record.json")
+    first = read_record(runs.finished_run(plan) / "record.json")
     write_record(first | {"status": "failed", "reason": "did not finish"}, plan.folder)
-    again = read_record(runs.finished(plan) / "record.json")
+    again = read_record(runs.finished_run(plan) / "record.json")
     assert again["status"] == "smoke" and again["scores"] == first["scores"]
 
 
 def test_the_pictures_of_a_run_are_small(plan):
-    curves, lists = runs.pictures(runs.finished(plan))
+    curves, lists = runs.pictures(runs.finished_run(plan))
     assert [line.get_label() for line in curves.axes[0].get_lines()][0] == "total"
     assert runs.figures.is_smoke(curves) and lists.width <= runs.PAGE_WIDTH
 
@@ -58,10 +58,10 @@ def test_a_page_counts_the_runs_of_its_own_recipe_only(monkeypatch):
     changes = [{}, {"seed": 1}, *other, {"method": "ddag"}, {"dataset": "regdb"}]
     made = []
     for i, change in enumerate(changes):
-        decides = runs.make_plan(given | change).decides()
+        parameters = runs.make_plan(given | change).parameters
         entry = {"mean": dict.fromkeys(("rank1", "mAP", "mINP"), i / 10), "std": {}}
         scores = {"visible-to-infrared": entry | {"n": 1, "over": "splits"}}
-        made.append({"id": str(i), "status": "smoke", "parameters": decides})
+        made.append({"id": str(i), "status": "smoke", "parameters": parameters})
         made[-1]["scores"] = scores
     monkeypatch.setattr(runs, "load_records", lambda: made)
     assert [record["id"] for record in runs.page_records("agw")] == ["0", "1"]

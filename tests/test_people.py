@@ -36,7 +36,7 @@ def trees(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture
 def tiny(monkeypatch) -> str:
     """The name of a pocket set of eight images."""
-    monkeypatch.setitem(people.POCKET, "tiny", TINY)
+    monkeypatch.setitem(people.POCKET_SETS, "tiny", TINY)
     return "tiny"
 
 
@@ -315,7 +315,7 @@ def test_sysu_gallery_draws(trees):
 
 
 def test_sysu_attendance_resembles_the_real_one():
-    spec = people.POCKET["pocket-sysu"]
+    spec = people.POCKET_SETS["pocket-sysu"]
     seen = {(s.identity, s.camera.number) for s in people._SHOTS["sysu"](spec)}
     share = [np.mean([(i, n) in seen for i in spec.identities]) for n in range(1, 7)]
     assert 0.4 < share[0] < 0.8 and 0.4 < share[1] < 0.8
@@ -428,7 +428,7 @@ def test_damage_is_repaired_and_said(tiny, tmp_path, capsys, damage):
 @pytest.mark.parametrize("change", [{"seed": 9}, {"difficulty": Difficulty(noise=0.5)}])
 def test_a_changed_specification_is_rendered(tiny, tmp_path, monkeypatch, change):
     before = contents(people.pocket_root(tiny, tmp_path))
-    monkeypatch.setitem(people.POCKET, tiny, replace(TINY, **change))
+    monkeypatch.setitem(people.POCKET_SETS, tiny, replace(TINY, **change))
     after = contents(people.pocket_root(tiny, tmp_path))
     assert set(before) == set(after) and before != after
 

@@ -31,15 +31,15 @@ from afen.training import (
     train_step,
 )
 
-PAPER, POCKET = PMT.recipes["paper"], PMT.recipes["pocket"]
+PAPER, POCKET_RECIPE = PMT.recipes["paper"], PMT.recipes["pocket"]
 LABELS = torch.arange(3).repeat_interleave(2)
 DRAWS = 10_000
-GRAY, COLOUR = 0, POCKET.epochs - 1  # an epoch of either phase
+GRAY, COLOUR = 0, POCKET_RECIPE.epochs - 1  # an epoch of either phase
 
 
 def noise(count: int, *keys: int | str) -> torch.Tensor:
     """Noise images of the pocket size, uint8 [count, 3, 64, 32]."""
-    shape = (count, 3, POCKET.height, POCKET.width)
+    shape = (count, 3, POCKET_RECIPE.height, POCKET_RECIPE.width)
     generator = torch_generator("test_pmt", *keys)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
@@ -55,7 +55,7 @@ def noise_batch(step: int = 0) -> Batch:
 def method() -> PMT:
     """An untrained PMT of the pocket size."""
     seed_everything(0)
-    return create("pmt", 3, POCKET)
+    return create("pmt", 3, POCKET_RECIPE)
 
 
 def near(share: float, p: float) -> bool:
@@ -92,7 +92,7 @@ def test_rates_at_every_epoch():
     ],
 )  # fmt: skip
 def test_the_first_epochs_are_grey(epochs, gray, expected):
-    recipe = replace(POCKET, epochs=24).scaled(epochs)
+    recipe = replace(POCKET_RECIPE, epochs=24).scaled(epochs)
     phases = create("pmt", 3, recipe, gray=float(gray)).in_gray
     assert [phases(e) for e in range(epochs)] == [e < expected for e in range(epochs)]
 
@@ -208,7 +208,7 @@ def test_blur_keeps_its_precision_under_autocast():
 def test_an_infrared_view_is_blurred_or_jittered():
     images = noise(64, "either")
     generators = [torch_generator("either") for _ in range(2)]
-    view = denormalise(pmt.infrared_view(images, generators[0], erasing=0.0))
+    view = denormalise(pmt.jittered_view(images, generators[0], erasing=0.0))
     placement = draw_placement(64, generators[1], pad=0)
     draw = pmt.draw_infrared(64, generators[1])
     assert 16 < draw.blurred.sum() < 48
@@ -351,7 +351,7 @@ def state_of_a_square_vit() -> dict[str, torch.Tensor]:
 def test_a_weights_file_is_loaded(tmp_path):
     path, state = tmp_path / "vit.pth", state_of_a_square_vit()
     torch.save(state, path)
-    vit = create("pmt", 3, replace(POCKET, weights=str(path))).vit
+    vit = create("pmt", 3, replace(POCKET_RECIPE, weights=str(path))).vit
     loaded = vit.state_dict()
     for name in loaded:
         if name != "pos_embed":
@@ -407,10 +407,10 @@ def test_recipes_and_refusals():
     assert (PAPER.optimiser, PAPER.lr, PAPER.backbone_lr) == ("adamw", 3e-4, 0.5)
     assert (PAPER.weight_decay, PAPER.clip, PAPER.erasing) == (1e-4, None, 0.5)
     assert (PAPER.pad, PAPER.size, PAPER.weights) == (0, "base", "imagenet")
-    assert not PAPER.flip and not POCKET.flip and POCKET.size == "tiny"
+    assert not PAPER.flip and not POCKET_RECIPE.flip and POCKET_RECIPE.size == "tiny"
     with pytest.raises(ValueError, match="size"):
-        create("pmt", 3, replace(POCKET, size="huge"))
+        create("pmt", 3, replace(POCKET_RECIPE, size="huge"))
     with pytest.raises(ValueError, match="gray"):
-        create("pmt", 3, POCKET, gray=1.5)
+        create("pmt", 3, POCKET_RECIPE, gray=1.5)
     with pytest.raises(ValueError, match="gray"):
-        create("pmt", 3, POCKET, grey=0.5)
+        create("pmt", 3, POCKET_RECIPE, grey=0.5)

@@ -17,7 +17,7 @@ from afen import people, probes
 from afen.core import torch_generator
 from afen.evaluation import evaluate_trials
 from afen.losses import pairwise_distances
-from afen.method import POCKET, create
+from afen.method import POCKET_RECIPE, create
 from afen.people import write_tree
 from afen.records import fingerprint
 from afen.runs import DEFAULTS, carry_out, make_plan
@@ -69,13 +69,13 @@ def test_salt_and_pepper_grows_where_it_was():
     assert 0 < less.sum() < more.sum() and (more | ~less).all()
 
 
-@pytest.mark.parametrize("name", people.POCKET)
+@pytest.mark.parametrize("name", people.POCKET_SETS)
 def test_a_transfer_meets_no_person_of_a_pocket_set(name):
     """The pocket sets themselves share people; the strangers share none with them."""
     strangers = probes.STRANGERS[name]
     drawn = {
         people.sample_person(spec.seed, identity, spec.difficulty)
-        for spec in people.POCKET.values()
+        for spec in people.POCKET_SETS.values()
         for identity in spec.identities
     }
     own = {people.sample_person(strangers.seed, i, strangers.difficulty)
@@ -179,7 +179,7 @@ def test_what_fem_sees_is_in_the_order_of_the_identities(subject):
 
 
 def test_a_network_without_mecs_and_fem_has_empty_tables(subject):
-    plain = create("agw", 4, POCKET).eval()
+    plain = create("agw", 4, POCKET_RECIPE).eval()
     bare = probes.Subject(plain, plain, subject.plan, subject.data, subject.device)
     assert probes.joins(bare) == {"joins": [], "medians": []}
     assert probes.strips(bare) == {"strips": [], "kernels": []}

@@ -13,6 +13,9 @@ import pytest
 
 from afen.records import read_record
 
+sys.path.insert(0, str(Path(__file__).parent))
+from run_notebooks import source_hash  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(
     p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
@@ -59,6 +62,15 @@ def test_notebook_is_executed_and_small(path):
     assert outputs, "no cell has an output: was it executed?"
     first = "".join(book["cells"][0]["source"])
     assert re.match(r"# .+\n\n?> .+", first), "an H1 and a one-line summary come first"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_outputs_belong_to_the_code_above_them(path):
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    sources = ["".join(c["source"]) for c in cells if c["outputs"]]
+    ran = [c["metadata"].get("source_hash") for c in cells if c["outputs"]]
+    stale = [s for s, ran in zip(sources, ran) if ran != source_hash(s)]
+    assert not stale, f"run `python tests/run_notebooks.py`; changed since: {stale[0]}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from afen.method import names
+from afen.method import method_names
 from afen.people import write_tree
 from afen.records import read_record
 from afen.runs import (
@@ -30,7 +30,7 @@ def trees(tmp_path_factory):
     return {name: write_tree(name, folder / name, **size) for name in LAYOUTS}
 
 
-@pytest.mark.parametrize("place, method", list(enumerate(names())), ids=str)
+@pytest.mark.parametrize("place, method", list(enumerate(method_names())), ids=str)
 def test_a_row_trains_and_scores_at_the_papers_size(trees, tmp_path, place, method):
     dataset = LAYOUTS[place % 2]  # in turn: the layouts are tested in test_train
     given = {"dataset": dataset, "root": str(trees[dataset]), "out": str(tmp_path)}

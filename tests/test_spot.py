@@ -9,7 +9,7 @@ import torch
 from afen.augment import MIRRORED, weak_view
 from afen.batches import Batch
 from afen.core import seed_everything, torch_generator
-from afen.method import POCKET, Recipe, create, method_class, names
+from afen.method import POCKET_RECIPE, Recipe, create, method_class, method_names
 from afen.methods.spot import (
     ASR,
     PARTS,
@@ -190,7 +190,7 @@ def test_a_batch_without_joints_is_refused_in_one_sentence(method):
 
 
 def test_only_spot_needs_joints():
-    assert [name for name in names() if method_class(name).needs_joints] == ["spot"]
+    assert [name for name in method_names() if method_class(name).needs_joints] == ["spot"]
 
 
 @pytest.mark.parametrize("modality", ["visible", "infrared"])
@@ -206,10 +206,10 @@ def test_embed_needs_no_joints(method, modality):
 def test_the_feature_is_the_weighted_combination(method):
     a, t = torch.randn(2, 4, 512)
     with torch.no_grad():
-        torch.testing.assert_close(method.combine(a, t), (a + t) / 2)
+        torch.testing.assert_close(method.fuse(a, t), (a + t) / 2)
         method.balance.fill_(1.5)
         share = torch.tensor(1.5).sigmoid()
-        torch.testing.assert_close(method.combine(a, t), share * a + (1 - share) * t)
+        torch.testing.assert_close(method.fuse(a, t), share * a + (1 - share) * t)
 
 
 def test_bfloat16_losses_stay_finite_and_near(method):
@@ -230,7 +230,7 @@ def test_head_group_holds_necks_classifier_and_balance(method):
 
 def test_recipes_and_refusals():
     assert SPOT.recipes["paper"] == replace(Recipe(), epochs=81, flip=False)
-    assert SPOT.recipes["pocket"] == replace(POCKET, flip=False)
+    assert SPOT.recipes["pocket"] == replace(POCKET_RECIPE, flip=False)
     with pytest.raises(ValueError, match="structure"):
         create("spot", 3, SMALL, structure=-1.0)
     with pytest.raises(ValueError, match="Unknown parameter"):

@@ -20,7 +20,7 @@ from afen.records import write_record
 from afen.runs import DEFAULTS, make_plan
 from afen.tables import (
     CELL,
-    METRICS,
+    METRIC_TITLES,
     TOLERANCE,
     bootstrap_interval,
     compare,
@@ -38,7 +38,7 @@ from afen.tables import (
     table1_markdown,
     table1_tex,
     verdict,
-    wide,
+    wide_table,
     write_block,
 )
 
@@ -81,8 +81,8 @@ def record(base):
     def make(value, status="full", galleries=1, std=None, **which):
         parameters = base["parameters"] | which
         protocol = parameters["dataset"].removeprefix("pocket-")
-        summary = {name: {"mean": value / 100, "std": std} for name in METRICS}
-        each = [dict.fromkeys(METRICS, value / 100)] * galleries
+        summary = {name: {"mean": value / 100, "std": std} for name in METRIC_TITLES}
+        each = [dict.fromkeys(METRIC_TITLES, value / 100)] * galleries
         entry = score_entry(summary, each, protocol, n_queries=9, n_gallery=9)
         scores = {} if status == "failed" else dict.fromkeys(SETTINGS[protocol], entry)
         named = {"id": run_id(parameters), "parameters_hash": digest(parameters)}
@@ -163,7 +163,7 @@ def test_without_records_nothing_is_said_of_us():
     table = table1([])
     assert (table["verdict"] == "not run").all() and table["mean"].isna().all()
     assert table["reason"].str.len().min() > 0
-    shown = wide(table)
+    shown = wide_table(table)
     assert set(shown.xs("ours", level=1).to_numpy().ravel()) == {"not run"}
 
 
@@ -248,23 +248,23 @@ def test_runs_of_another_recipe_change_nothing(record):
 
 def test_a_row_is_planned_by_the_grid(base):
     """By the true grid: a diverged run with `-p mecs paper_bare` is no run of AFEN's row."""
-    planned = [job.decides for job in grid.jobs("paper", ["rows"])]
+    row_parameters = [job.parameters for job in grid.jobs("paper", ["rows"])]
 
     def run(**given):
-        decides = make_plan(DEFAULTS | {"dataset": "regdb"} | given).decides()
-        return {"parameters": decides, "reason": ""}
+        parameters = make_plan(DEFAULTS | {"dataset": "regdb"} | given).parameters
+        return {"parameters": parameters, "reason": ""}
 
     own = [run(trial=trial, seed=3) for trial in (1, 10)]
     bare = run(mecs="paper_bare") | {"status": "failed"}
-    assert tables.of_row([bare, *own], planned) == own
-    assert tables.of_row([bare], planned) == []
+    assert tables.row_records([bare, *own], row_parameters) == own
+    assert tables.row_records([bare], row_parameters) == []
     exact = [run(precision="float32", trial=trial) for trial in (1, 2)]
-    assert tables.of_row([bare, *exact], planned) == exact
-    assert tables.of_row([*exact, *own], planned) == own
+    assert tables.row_records([bare, *exact], row_parameters) == exact
+    assert tables.row_records([*exact, *own], row_parameters) == own
     for changed in ({"epochs": 60}, {"noise": 0.2}, {"flip": False}, {"stable": False}):
         finished = run(**changed) | {"status": "full"}
-        assert tables.of_row([finished, *own], planned) == own
-        assert tables.of_row([finished], planned)[0]["status"] == "partial"
+        assert tables.row_records([finished, *own], row_parameters) == own
+        assert tables.row_records([finished], row_parameters)[0]["status"] == "partial"
 
 
 def test_the_official_gallery_is_another_protocol(record):
@@ -507,8 +507,8 @@ def test_readme_types_no_score():
 
 def test_readme_says_what_the_records_give():
     block = read_block(ROOT / "README.md", "state")
-    planned = [job.decides for job in grid.jobs("paper", ["rows"])]
-    assert block == tables.state_block(load_records(), planned).strip()
+    row_parameters = [job.parameters for job in grid.jobs("paper", ["rows"])]
+    assert block == tables.state_block(load_records(), row_parameters).strip()
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from afen.backbone import count_parameters
 from afen.batches import Batch
 from afen.core import torch_generator
 from afen.losses import centre_triplet, identity_loss, intra_modality_triplet
-from afen.method import POCKET, create, names
+from afen.method import POCKET_RECIPE, create, method_names
 from afen.methods.xmodal import SharedResNet, XGenerator, XModality
 from afen.training import lr_factor
 
-SMALL = replace(POCKET, height=32, width=16, erasing=0.5)
+SMALL = replace(POCKET_RECIPE, height=32, width=16, erasing=0.5)
 PEOPLE, IMAGES = 3, 2
 TERMS = ["identity_visible", "identity_infrared", "identity_x", "triplet", "centre"]
 
@@ -38,7 +38,7 @@ def build(seed: int = 0, **options) -> XModality:
 
 
 def test_is_a_row():
-    assert "xmodal" in names()
+    assert "xmodal" in method_names()
     with pytest.raises(ValueError, match="released_distance"):
         build(released_distanc=True)
     with pytest.raises(ValueError):

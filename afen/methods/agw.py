@@ -16,14 +16,14 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..augment import normalise, to_float, weak_view
-from ..backbone import DualResNet, Factory, Head
+from ..backbone import DualResNet, ModuleFactory, Head
 from ..core import Parameter
 from afen.losses import (
     batch_hard_triplet,
     identity_loss,
     weighted_regularized_triplet,
 )
-from ..method import POCKET, Method, Recipe
+from ..method import POCKET_RECIPE, Method, Recipe
 
 # %% ../../nbs/methods/agw.ipynb #55a1668e
 class NonLocal(nn.Module):
@@ -48,7 +48,7 @@ class NonLocal(nn.Module):
         return x + self.W(y.unflatten(2, x.shape[2:]))
 
 # %% ../../nbs/methods/agw.ipynb #35178815
-def nonlocal_places(depth: int, width: int) -> dict[str, Factory]:
+def nonlocal_places(depth: int, width: int) -> dict[str, ModuleFactory]:
     """Where AGW inserts non-local blocks, for `DualResNet(after=...)`; 0 is nowhere."""
     blocks = {50: {"layer2": (2, 3), "layer3": (3, 4, 5)}}.get(
         depth, {"layer2": (0, 1), "layer3": (0, 1)}
@@ -88,7 +88,7 @@ class AGW(Method):
     }
     recipes: ClassVar[dict[str, Recipe]] = {
         "paper": Recipe(epochs=81, erasing=0.0, flip=False),
-        "pocket": replace(POCKET, flip=False),
+        "pocket": replace(POCKET_RECIPE, flip=False),
     }
 
     def __init__(
@@ -103,7 +103,7 @@ class AGW(Method):
 
 # %% ../../nbs/methods/agw.ipynb #02ae2fcf
 @patch
-def insertions(self: AGW) -> dict[str, Factory]:
+def insertions(self: AGW) -> dict[str, ModuleFactory]:
     """What goes where in the backbone."""
     width = self.options["nonlocal_width"]
     on = self.options["nonlocal_blocks"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..augment import channel_view, infrared_view, weak_view
 from ..core import Parameter
-from ..method import POCKET, Recipe
+from ..method import POCKET_RECIPE, Recipe
 from .agw import AGW
 
 # %% ../../nbs/methods/caj.ipynb #62c19d51
@@ -28,7 +28,7 @@ class CAJ(AGW):
         "metric_loss": "l_sq",
         "channel_enhancement": True,
     }
-    recipes: ClassVar[dict[str, Recipe]] = {"paper": Recipe(), "pocket": POCKET}
+    recipes: ClassVar[dict[str, Recipe]] = {"paper": Recipe(), "pocket": POCKET_RECIPE}
 
     def views(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Weak and channel views of the visible, one of the infrared, and labels."""

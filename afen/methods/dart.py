@@ -20,7 +20,7 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
 from ..losses import adaptive_quadruplet, identity_loss, soft_identity_loss
-from ..method import POCKET, Method, Recipe
+from ..method import POCKET_RECIPE, Method, Recipe
 from .caj import CAJ
 
 # %% ../../nbs/methods/dart.ipynb #174c3adf
@@ -65,7 +65,7 @@ class DART(Method):
     recipes: ClassVar[dict[str, Recipe]] = {
         "paper": Recipe(flip=False),
         "pocket": replace(
-            POCKET, epochs=9, length=3, warmup=1, drops=(2,), clip=7.0, flip=False
+            POCKET_RECIPE, epochs=9, length=3, warmup=1, drops=(2,), clip=7.0, flip=False
         ),
     }
 

@@ -19,7 +19,7 @@ from ..augment import normalise, to_float
 from ..backbone import DualResNet, Head, make_neck
 from ..core import Parameter
 from ..losses import batch_hard_triplet, identity_loss
-from ..method import POCKET, Method, Recipe
+from ..method import POCKET_RECIPE, Method, Recipe
 from .agw import AGW
 
 # %% ../../nbs/methods/ddag.ipynb #1e4c6703
@@ -121,7 +121,7 @@ class DDAG(Method):
     defaults: ClassVar[dict[str, Any]] = {"feature": "attention"}
     recipes: ClassVar[dict[str, Recipe]] = {
         "paper": Recipe(epochs=81, erasing=0.0, flip=False),
-        "pocket": replace(POCKET, flip=False),
+        "pocket": replace(POCKET_RECIPE, flip=False),
     }
     views = AGW.views  # one weak view of each image
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'TAG', 'STRENGTH', 'SIGMA', 'TAPS', 'ROWS', 'COMMON', 'PAPER', 'MARGIN', 'WEIGHT', 'OverlappingPatches',
-           'make_vit', 'read_weights', 'resample_positions', 'load_weights', 'InfraredDraw', 'draw_infrared', 'jitter',
-           'blur', 'visible_view', 'infrared_view', 'PMT']
+           'make_vit', 'read_weights', 'resample_positions', 'load_pretrained', 'InfraredDraw', 'draw_infrared',
+           'jitter', 'blur', 'visible_view', 'jittered_view', 'PMT']
 
 # %% ../../nbs/methods/pmt.ipynb #05d5bc3a
 import math
@@ -44,7 +44,7 @@ from afen.losses import (
     intra_modality_triplet,
     msel,
 )
-from ..method import POCKET, Method, Recipe
+from ..method import POCKET_RECIPE, Method, Recipe
 
 # %% ../../nbs/methods/pmt.ipynb #27cd6e02
 class OverlappingPatches(PatchEmbed):
@@ -85,7 +85,7 @@ def make_vit(
         **SIZES[nearest(size, SIZES, "size")],
     )
     if weights != "none":
-        load_weights(vit, read_weights(size, weights), weights)
+        load_pretrained(vit, read_weights(size, weights), weights)
     return vit
 
 # %% ../../nbs/methods/pmt.ipynb #c97e1092
@@ -139,7 +139,7 @@ def resample_positions(
     )
 
 
-def load_weights(
+def load_pretrained(
     vit: VisionTransformer,
     state: Mapping[str, Tensor],  # of timm's ViT; its classifier is dropped
     weights: str,  # where they come from, for the sentence
@@ -235,7 +235,7 @@ def visible_view(
     return erase(normalise(view), generator, erasing, fill=MEAN)
 
 
-def infrared_view(
+def jittered_view(
     images: Tensor,  # uint8 [B, 3, H, W]
     generator: torch.Generator,  # on the CPU
     erasing: float = 0.5,
@@ -275,10 +275,10 @@ class PMT(Method):
     recipes: ClassVar[dict[str, Recipe]] = {
         "paper": PAPER,
         "pocket": replace(
-            POCKET, epochs=14, warmup=2, lr=1e-3, identities=8, size="tiny", **COMMON
+            POCKET_RECIPE, epochs=14, warmup=2, lr=1e-3, identities=8, size="tiny", **COMMON
         ),
     }  # fmt: skip
-    own: ClassVar[dict[str, tuple[Recipe, dict[str, Any]]]] = {
+    dataset_recipes: ClassVar[dict[str, tuple[Recipe, dict[str, Any]]]] = {
         "regdb": (replace(PAPER, epochs=36), {"gray": 1 / 6})
     }
 
@@ -315,7 +315,7 @@ def views(self: PMT, batch: Any, epoch: int) -> tuple[Tensor, Tensor]:
     keep = {"erasing": self.recipe.erasing, "pad": self.recipe.pad}
     gray, generator = self.in_gray(epoch), batch.generator
     visible = visible_view(batch.visible, generator, gray, **keep)
-    return visible, infrared_view(batch.infrared, generator, **keep)
+    return visible, jittered_view(batch.infrared, generator, **keep)
 
 # %% ../../nbs/methods/pmt.ipynb #e649aca7
 MARGIN = 0.1  # of the triplets

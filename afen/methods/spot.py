@@ -20,7 +20,7 @@ from ..augment import draw_placement, erase, normalise, place, place_joints, to_
 from ..backbone import DualResNet, Head, make_neck
 from ..core import Parameter
 from ..losses import batch_hard_triplet, full_precision, identity_loss
-from ..method import POCKET, Method, Recipe
+from ..method import POCKET_RECIPE, Method, Recipe
 
 # %% ../../nbs/methods/spot.ipynb #95651645
 def heat_maps(
@@ -182,7 +182,7 @@ class SPOT(Method):
     defaults: ClassVar[dict[str, Any]] = {"structure": 10.0}
     recipes: ClassVar[dict[str, Recipe]] = {
         "paper": Recipe(epochs=81, flip=False),
-        "pocket": replace(POCKET, flip=False),
+        "pocket": replace(POCKET_RECIPE, flip=False),
     }
 
     def __init__(
@@ -222,7 +222,7 @@ def branches(self: SPOT, **images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @patch
-def combine(self: SPOT, attended: Tensor, parts: Tensor) -> Tensor:
+def fuse(self: SPOT, attended: Tensor, parts: Tensor) -> Tensor:
     """The weighted combination of the two branches, Eq. (6)."""
     return torch.lerp(parts.float(), attended.float(), self.balance.sigmoid())
 
@@ -254,12 +254,12 @@ def losses(self: SPOT, batch: Any, epoch: int) -> dict[str, Tensor]:
     views, joints, labels = self.views(batch)
     structure, attended, parts = self.branches(**views)
     necked = self.head.neck(attended), self.part_neck(parts)
-    readings = {"identity": self.combine(*necked), "asr": necked[0], "tpi": necked[1]}
+    readings = {"identity": self.fuse(*necked), "asr": necked[0], "tpi": necked[1]}
     classify, sizes = self.head.classifier, (batch.visible.shape[2:], structure.shape[2:])
     error = structure_loss(structure, heat_maps(joints, *sizes), joints[:, :, 2] > 0)
     return {
         **{k: identity_loss(classify(f), labels) for k, f in readings.items()},
-        "triplet": batch_hard_triplet(self.combine(attended, parts), labels),
+        "triplet": batch_hard_triplet(self.fuse(attended, parts), labels),
         "structure": self.options["structure"] * error,
     }
 
@@ -269,4 +269,4 @@ def embed(self: SPOT, images: Tensor, modality: str) -> Tensor:
     """The combined feature after the necks, as a unit vector: [B, C]."""
     views = {modality: normalise(to_float(images))}
     _, attended, parts = self.branches(**views)
-    return F.normalize(self.combine(self.head.neck(attended), self.part_neck(parts)))
+    return F.normalize(self.fuse(self.head.neck(attended), self.part_neck(parts)))

@@ -19,7 +19,7 @@ from ..augment import MEAN, normalise, to_float, weak_view
 from ..backbone import STAGES, GeM, Head, keep_resolution, load_resnet, make_stem
 from ..core import Parameter
 from ..losses import centre_triplet, identity_loss, intra_modality_triplet
-from ..method import POCKET, Method, Recipe
+from ..method import POCKET_RECIPE, Method, Recipe
 
 # %% ../../nbs/methods/xmodal.ipynb #c4398bc6
 class XGenerator(nn.Module):
@@ -77,7 +77,7 @@ class XModality(Method):
             floor=0.01,
             flip=False,
         ),
-        "pocket": replace(POCKET, flip=False),
+        "pocket": replace(POCKET_RECIPE, flip=False),
     }
 
     def __init__(
