@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -430,8 +431,8 @@ def draw(
     metrics: pd.DataFrame,
     features: np.ndarray,  # [N_test, D]
     scores: Mapping[str, list[Scores]],
-) -> list[Any]:
-    """Draw, save and return the figures of a run; they land in `folder/figures`."""
+) -> list[tuple[Figure, str]]:
+    """Draw and save the figures of a run in `folder/figures`; return them with captions."""
     trial, smoke = data.split.trials[0], data.rendered
     ids = data.split.test.identity.to_numpy()
     distances = cosine_distances(features[trial.query], features[trial.gallery])
@@ -457,10 +458,10 @@ def draw(
             figures.ranked_table(right),
         ),
     }
+    captions = {name: _caption(name, plan, trial.setting) for name in drawings}
     for name, (figure, table) in drawings.items():
-        stem = plan.folder / "figures" / name
-        figures.save(figure, stem, table, _caption(name, plan, trial.setting))
-    return [figure for figure, _ in drawings.values()]
+        figures.save(figure, plan.folder / "figures" / name, table, captions[name])
+    return [(figure, captions[name]) for name, (figure, _) in drawings.items()]
 
 # %% ../nbs/25_runs.ipynb #276e1628
 def ranked_images(
