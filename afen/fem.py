@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .core import nearest
-from .mecs import JOINS, Join, check_map, check_odd
-from .mecs import check_options, check_subset, depthwise
+from .blocks import JOINS, Join, check_map, check_odd
+from .blocks import check_options, check_subset, depthwise
 
 # %% ../nbs/12_fem.ipynb #53f63e14
 OPTIONS = {

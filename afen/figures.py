@@ -463,7 +463,7 @@ def _name_rows(
     for tick, y in zip(axes.get_yticklabels(), names):
         tick.set_weight("bold" if y in headings.values() else "normal")
 
-# %% ../nbs/24_figures.ipynb #0f2f75f6
+# %% ../nbs/24_figures.ipynb #56cef2ae
 import math
 from types import MappingProxyType
 
@@ -478,7 +478,7 @@ _PADDING, _LINE = 0.09, 0.16  # inches between text and border, from line to lin
 Point = tuple[float, float]  # x, y [inches]
 Borders = tuple[float, float, float, float]  # left, bottom, right, top [inches]
 
-# %% ../nbs/24_figures.ipynb #0c44774e
+# %% ../nbs/24_figures.ipynb #3b71c1a1
 def _write(axes: Axes, x: float, y: float, text: str, **look: Any) -> float:
     """Text around (x, y) or, with other alignment, beside it; returns its width."""
     look = {"ha": "center", "va": "center_baseline", "size": 9, "zorder": 4} | look
@@ -501,7 +501,7 @@ def _place_box(axes: Axes, x: float, y: float, text: str, fill: str) -> Borders:
     axes.add_patch(FancyBboxPatch((x - a, y - b), 2 * a, 2 * b, ec="black", **look))
     return x - a, y - b, x + a, y + b
 
-# %% ../nbs/24_figures.ipynb #a3f251bc
+# %% ../nbs/24_figures.ipynb #8c17262c
 def _closest(borders: Borders, point: Point) -> Point:
     """The point of a box that lies closest to a point."""
     left, bottom, right, top = borders
@@ -528,7 +528,7 @@ def _route(start: Borders, end: Borders, bends: Sequence[Point]) -> list[Point]:
     half = (here[0] + there[0]) / 2
     return _route(start, end, [(half, y), (half, to_y)])
 
-# %% ../nbs/24_figures.ipynb #8deae8e9
+# %% ../nbs/24_figures.ipynb #c5869ca6
 def _draw_arrow(axes: Axes, points: Sequence[Point], label: str = "") -> Borders:
     """An arrow along points, its label beside the longest piece; returns its borders."""
     look = {"arrowstyle": "-|>", "mutation_scale": 9, "color": "black", "zorder": 2}
@@ -550,16 +550,16 @@ def _around(borders: Sequence[Borders], space: float = 0) -> Borders:
 
 
 def _draw_frame(axes: Axes, title: str, inside: Sequence[Borders]) -> Borders:
-    """A dashed frame about boxes, its title above their left corner."""
+    """A dashed frame about boxes, its title below their left corner."""
     left, bottom, right, top = _around(inside, space=0.12)
-    top += 0.2
+    bottom -= 0.2
     look = {"boxstyle": "round,pad=0,rounding_size=0.08", "fc": "0.97", "ec": "0.5"}
     corner, sides = (left, bottom), (right - left, top - bottom)
     axes.add_patch(FancyBboxPatch(corner, *sides, ls="--", zorder=1, **look))
-    _write(axes, left + 0.08, top - 0.13, title, ha="left", color="0.25")
+    _write(axes, left + 0.08, bottom + 0.13, title, ha="left", color="0.25")
     return left, bottom, right, top
 
-# %% ../nbs/24_figures.ipynb #c3034046
+# %% ../nbs/24_figures.ipynb #42269e79
 @style()
 def diagram(
     boxes: Mapping[str, tuple[float, float, str]],  # name -> x, y, its lines of text
