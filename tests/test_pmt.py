@@ -19,7 +19,7 @@ from afen.backbone import count_parameters
 from afen.batches import Batch
 from afen.core import seed_everything, torch_generator
 from afen.losses import batch_hard_triplet, dcl, msel
-from afen.method import create
+from afen.method import create, method_class
 from afen.methods import pmt
 from afen.methods.pmt import PMT, InfraredDraw
 from afen.training import (
@@ -76,12 +76,46 @@ def test_rates_are_those_of_the_released_code():
         assert float(f"{ours:.2e}") == pytest.approx(rate), epoch
 
 
-def test_rates_at_every_epoch():
-    for epoch in range(1, 25):
-        cosine = 3e-6 + (3e-4 - 3e-6) * (1 + math.cos(math.pi * epoch / 24)) / 2
-        line = 3e-6 + (3e-4 - 3e-6) * epoch / 3
-        rate = line if epoch < 3 else cosine
-        assert PAPER.lr * lr_factor(PAPER, epoch - 1) == pytest.approx(rate)
+@pytest.mark.parametrize("dataset, epochs", [("sysu", 24), ("regdb", 36)])
+def test_every_group_has_the_released_rate_at_every_epoch(dataset, epochs):
+    """One floor for all groups: 3e-6, whatever a group's own rate."""
+    recipe, switches = PMT.configuration("paper", dataset)
+    small = replace(recipe, size="tiny", weights="none")
+    optimiser = make_optimiser(create("pmt", 3, small, **switches))
+    for epoch in range(1, epochs + 1):  # theirs count from 1
+        full = set_lr(optimiser, small, epoch - 1)
+        expected = []
+        for rate in (3e-4, 1.5e-4):
+            cosine = 3e-6 + (rate - 3e-6) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+            line = 3e-6 + (rate - 3e-6) * epoch / 3
+            expected.append(line if epoch < 3 else cosine)
+        rates = [group["lr"] for group in optimiser.param_groups]
+        assert rates == pytest.approx(expected, rel=1e-12) and full == rates[0]
+    assert rates == pytest.approx([3e-6, 3e-6], rel=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("name", ["agw", "caj", "dart", "xmodal"])
+def test_step_schedules_are_a_share_of_the_full_rate(name, share):
+    """To the bit where there is no floor, or one group only."""
+    recipe = method_class(name).recipes["paper"]
+    if recipe.floor:
+        share = recipe.backbone_lr
+    for epoch in range(recipe.epochs):
+        factor = lr_factor(recipe, epoch)
+        assert lr_factor(recipe, epoch, share) == factor
+        if recipe.warmup <= epoch:
+            assert factor == 0.1 ** sum(drop <= epoch for drop in recipe.drops)
+        else:
+            rise = (epoch + 1) / recipe.warmup
+            assert factor == recipe.floor + (1 - recipe.floor) * rise
+
+
+def test_a_group_that_stands_still_stays_so():
+    recipe = replace(POCKET_RECIPE, backbone_lr=0.0)
+    optimiser = make_optimiser(create("pmt", 3, recipe))
+    set_lr(optimiser, recipe, 0)
+    assert optimiser.param_groups[1]["lr"] == 0 < optimiser.param_groups[0]["lr"]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +144,7 @@ def test_patches_and_blocks_learn_at_half_the_rate():
     assert isinstance(optimiser, torch.optim.AdamW)
     set_lr(optimiser, method.recipe, 0)
     rates = [group["lr"] for group in optimiser.param_groups]
-    assert rates == pytest.approx([1.02e-4, 0.51e-4])
+    assert rates == pytest.approx([1.02e-4, 5.2e-5])
     assert {group["weight_decay"] for group in optimiser.param_groups} == {1e-4}
 
 
