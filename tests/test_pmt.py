@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
@@ -18,10 +17,10 @@ from afen.augment import MEAN, constant, denormalise, draw_placement
 from afen.backbone import count_parameters
 from afen.batches import Batch
 from afen.core import seed_everything, torch_generator
-from afen.losses import batch_hard_triplet, dcl, msel
+from afen.losses import batch_hard_triplet
 from afen.method import create, method_class
 from afen.methods import pmt
-from afen.methods.pmt import PMT, InfraredDraw
+from afen.methods.pmt import PMT, InfraredDraw, dcl, msel
 from afen.training import (
     lr_factor,
     make_optimiser,
@@ -448,3 +447,47 @@ def test_recipes_and_refusals():
         create("pmt", 3, POCKET_RECIPE, gray=1.5)
     with pytest.raises(ValueError, match="gray"):
         create("pmt", 3, POCKET_RECIPE, grey=0.5)
+
+
+# The two losses of its own; golden numbers and invariances are in test_losses
+
+
+def test_msel_by_hand():
+    line = torch.tensor([[0.0], [1.0], [5.0], [7.0]])
+    labels = torch.zeros(4, dtype=torch.long)
+    # X - S: 6 - 1, 5 - 1, 4.5 - 2, 6.5 - 2
+    expected = (25 + 16 + 2.5**2 + 4.5**2) / 4
+    assert msel(line, labels).item() == pytest.approx(expected)
+
+
+def test_dcl_by_hand():
+    line = torch.tensor([[0.0], [2.0], [10.0], [14.0]])
+    labels = torch.tensor([0, 0, 1, 1])
+    # centres 1 and 12; own 1, 1, 2, 2; nearest wrong ones 9 and 10
+    assert dcl(line, labels).item() == pytest.approx(1.5 / 9.5)
+
+
+def test_msel_and_dcl_by_plain_loops():
+    draw = torch.Generator().manual_seed(20)
+    noise = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
+    labels, visible = torch.arange(3).repeat_interleave(4).repeat(2), torch.arange(24) < 12
+    features = noise(24, 6) + 2 * visible[:, None]
+    shifts, to_centre, hard = [], [], []
+    for i, feature in enumerate(features):  # Eq. (7)
+        d = (features - feature).norm(dim=1)
+        same, near = labels == labels[i], visible == visible[i]
+        others = same & near & (torch.arange(24) != i)
+        shifts.append(d[same & ~near].mean() - d[others].mean())
+    for p in range(3):  # Eq. (8)
+        d = (features - features[labels == p].mean(0)).norm(dim=1)
+        to_centre += d[labels == p]
+        wrong = d[labels != p]
+        hard.append(wrong[wrong < wrong.mean()].mean())
+    mean = lambda values: torch.stack(values).mean()
+    torch.testing.assert_close(msel(features, labels), torch.stack(shifts).square().mean())
+    torch.testing.assert_close(dcl(features, labels), mean(to_centre) / mean(hard))
+
+
+def test_dcl_of_equal_distances_is_finite():
+    square = torch.tensor([[0.0, 1.0], [0.0, -1.0], [0.1, 1.0], [0.1, -1.0]])
+    assert dcl(square, torch.tensor([0, 0, 1, 1])).isfinite()
