@@ -42,19 +42,24 @@ from .method import Method, Recipe
 def lr_factor(
     recipe: Recipe,
     epoch: int,  # from 0
+    share: float = 1.0,  # of the full rate, that a group of parameters learns at
 ) -> float:
-    """The learning rate of an epoch as a share of the initial one."""
-    now, floor = recipe.moment(epoch), recipe.floor
+    """A group's learning rate in an epoch, as a share of its initial one.
+
+    The floor is one rate for all groups, as in PMT's released code: the smaller a
+    group's share, the larger a part of its rate is the floor.
+    """
+    now, floor = recipe.moment(epoch), recipe.floor / share if share else 0.0
     if recipe.schedule == "cosine":
-        return _cosine(recipe, now)
+        return _cosine(recipe, now, floor)
     if now < recipe.warmup:
         return floor + (1 - floor) * (now + 1) / recipe.warmup
     return 0.1 ** sum(drop <= now for drop in recipe.drops)
 
 
-def _cosine(recipe: Recipe, epoch: int) -> float:
+def _cosine(recipe: Recipe, epoch: int, floor: float) -> float:
     """PMT's schedule, from epoch 1: linear from the floor, then a cosine to it."""
-    now, floor, length = epoch + 1, recipe.floor, recipe.length or recipe.epochs
+    now, length = epoch + 1, recipe.length or recipe.epochs
     if now < recipe.warmup:
         return floor + (1 - floor) * now / recipe.warmup
     return floor + (1 - floor) * (1 + math.cos(math.pi * now / length)) / 2
@@ -87,10 +92,10 @@ def make_optimiser(method: Method) -> torch.optim.Optimizer:
 # %% ../nbs/21_training.ipynb #ac5415c5
 def set_lr(optimiser: torch.optim.Optimizer, recipe: Recipe, epoch: int) -> float:
     """Give each group its rate for the epoch; return the full rate."""
-    lr = recipe.lr * lr_factor(recipe, epoch)
     for group in optimiser.param_groups:
-        group["lr"] = lr * group["share"]
-    return lr
+        share = group["share"]
+        group["lr"] = recipe.lr * lr_factor(recipe, epoch, share) * share
+    return recipe.lr * lr_factor(recipe, epoch)
 
 # %% ../nbs/21_training.ipynb #913d193f
 def make_sampler(
