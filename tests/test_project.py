@@ -22,8 +22,8 @@ NOTEBOOKS = sorted(
 )
 ROOMS = [
     "core", "people", "datasets", "batches", "augment", "joints", "backbone", "blocks",
-    "mecs", "fem", "losses", "method", "methods", "evaluation", "training", "records", "tables", "figures",
-    "runs", "grid", "probes",
+    "mecs", "fem", "losses", "method", "methods", "evaluation", "training", "records",
+    "tables", "figures", "runs", "grid", "trained", "probes", "claims",
 ]  # fmt: skip
 
 
