@@ -145,7 +145,7 @@ CAPTIONS = {
     "the greatest, the thick tick is their mean. Rows without a dot were not run.",
 }
 
-# %% ../nbs/24_figures.ipynb #ed52fd3e
+# %% ../nbs/24_figures.ipynb #5bae4b69
 def caption(
     name: str,  # of a figure here, a key of CAPTIONS
     dataset: str,
@@ -154,7 +154,7 @@ def caption(
     """What is drawn, of which data, and from how many seeds."""
     least, most = seeds if isinstance(seeds, tuple) else (seeds, seeds)
     count = f"{most} seed{'s' * (most != 1)}"
-    count = count if least == most else f"{least} to {count} a cell"
+    count = count if least == most else f"{least} to {count} per cell"
     return f"{CAPTIONS[name]} Data: {dataset}, {count}."
 
 
@@ -179,10 +179,10 @@ def _line(axes: Axes, x: Any, y: Any, label: str | None = None, **look: Any) -> 
     """A line with about ten markers, however many points it has."""
     axes.plot(x, y, label=label, markevery=max(1, len(x) // 10), **look)
 
-# %% ../nbs/24_figures.ipynb #e6b8961c
+# %% ../nbs/24_figures.ipynb #2c85f87b
 @style()
 def loss_curves(
-    metrics: pd.DataFrame,  # a row an epoch: epoch, loss, and one column a term
+    metrics: pd.DataFrame,  # one row per epoch: epoch, loss, a column for each term
     smoke: bool = False,  # mark the figure: its data are rendered
 ) -> Figure:
     """The total loss of each epoch and its terms.
@@ -204,10 +204,10 @@ def loss_curves(
     figure.legend(loc="outside upper center", ncols=4)
     return finish(figure)
 
-# %% ../nbs/24_figures.ipynb #347e6e61
+# %% ../nbs/24_figures.ipynb #1292119f
 @style()
 def learning_rate(
-    metrics: pd.DataFrame,  # a row an epoch: epoch and lr
+    metrics: pd.DataFrame,  # one row per epoch: epoch and lr
     smoke: bool = False,  # mark the figure: its data are rendered
 ) -> Figure:
     """The base learning rate of each epoch, on a logarithmic axis.
@@ -328,7 +328,7 @@ def _frame(axes: Axes, image: np.ndarray, title: str, colour: str, dash: str) ->
     for spine in axes.spines.values():
         spine.set(visible=True, color=colour, linewidth=2.2, linestyle=dash)
 
-# %% ../nbs/24_figures.ipynb #cd4d4f39
+# %% ../nbs/24_figures.ipynb #f7da1ada
 @style()
 def ranked_lists(
     query_images: Sequence[np.ndarray],  # [H, W, 3] or [H, W] each
@@ -344,7 +344,7 @@ def ranked_lists(
     if not shown or len(query_images) != len(shown) or shown != flags:
         raise ValueError(
             f"There are {len(query_images)} queries, lists of {shown} images and of "
-            f"{flags} flags: give each query one list of images and one flag an image."
+            f"{flags} flags: give each query one list of images and one flag per image."
         )
     figure = canvas(height=1.25 * len(shown))
     if smoke:
@@ -418,7 +418,7 @@ def seed_points(
         axes.set_axis_off()
     return finish(figure)
 
-# %% ../nbs/24_figures.ipynb #6d3d737c
+# %% ../nbs/24_figures.ipynb #c61520e5
 def _check_points(table: pd.DataFrame) -> None:
     """Refuse a table that `seed_points` cannot draw."""
     needed = ["label", "panel", "seed", "value"]
@@ -433,7 +433,7 @@ def _check_points(table: pd.DataFrame) -> None:
         row = one[twice].iloc[0]
         raise ValueError(
             f"Seed {row.seed} of {row.label!r} is twice in panel {row.panel!r}: give "
-            "one value a seed."
+            "one value for each seed."
         )
 
 
