@@ -39,7 +39,8 @@ from afen.core import (
     time_step,
     torch_generator,
 )
-from .method import Method, Recipe
+from .backbone import MODALITIES
+from .method import Method, Recipe, check_modality
 
 # %% ../nbs/21_training.ipynb #35bfee57
 def lr_factor(
@@ -550,12 +551,20 @@ def embed(
 ) -> np.ndarray:
     """Unit features [N, D] (float32) of all images, each through its own stem.
 
-    Raises FloatingPointError when the network gives no numbers.
+    Raises ValueError for a word that is no modality or for another number of words than
+    of images, FloatingPointError when the network gives no numbers.
     """
     method.eval()
-    features = None
-    for name in ("visible", "infrared"):
-        rows = np.flatnonzero(modality.to_numpy() == name)
+    features, words = None, np.asarray(modality)
+    if not 0 < len(words) == len(packed):
+        raise ValueError(
+            f"There are {len(packed)} images and {len(words)} modalities: give at least "
+            "one image, and one word per image."
+        )
+    for word in pd.unique(words):
+        check_modality(word)
+    for name in MODALITIES:
+        rows = np.flatnonzero(words == name)
         if len(rows) == 0:  # crops of one camera
             continue
         for part in np.array_split(rows, math.ceil(len(rows) / batch_size)):
@@ -566,7 +575,7 @@ def embed(
             found = F.normalize(mean).cpu().numpy()
             check_finite(found)
             if features is None:
-                features = np.zeros((len(modality), found.shape[1]), np.float32)
+                features = np.zeros((len(words), found.shape[1]), np.float32)
             features[part] = found
     return features
 

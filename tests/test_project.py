@@ -23,7 +23,7 @@ NOTEBOOKS = sorted(
 ROOMS = [
     "core", "people", "datasets", "batches", "augment", "joints", "backbone", "mecs", "fem",
     "losses", "method", "methods", "evaluation", "training", "records", "tables", "figures",
-    "runs", "grid", "probes",
+    "runs", "grid", "trained", "probes", "claims",
 ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from ..augment import MEAN, normalise, to_float, weak_view
 from ..backbone import STAGES, GeM, Head, keep_resolution, load_resnet, make_stem
 from ..core import Parameter
 from ..losses import centre_triplet, identity_loss, intra_modality_triplet
-from ..method import POCKET_RECIPE, Method, Recipe
+from ..method import POCKET_RECIPE, Method, Recipe, check_modality
 
 # %% ../../nbs/methods/xmodal.ipynb #c4398bc6
 class XGenerator(nn.Module):
@@ -144,5 +144,6 @@ def centres(
 @patch
 def embed(self: XModality, images: Tensor, modality: str) -> Tensor:
     """The feature before the neck as a unit vector [B, C], of either modality."""
+    check_modality(modality)
     maps = self.net(normalise(to_float(images)))
     return F.normalize(self.head.pool(maps).float())
