@@ -6,7 +6,7 @@
 __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'PAGE_WIDTH', 'injected_parameters', 'Plan',
            'make_plan', 'change_recipe', 'check_machine', 'Data', 'count_departures', 'open_data', 'start', 'data_key',
            'score', 'score_table', 'one_line', 'begin_record', 'end_record', 'save_weights', 'draw', 'ranked_images',
-           'carry_out', 'pictures', 'page_records', 'page_scores', 'report']
+           'carry_out', 'pictures', 'page_records', 'page_scores', 'page_curves', 'report']
 
 # %% ../nbs/25_runs.ipynb #59e2a2e5
 import json
@@ -536,6 +536,23 @@ def page_scores(method: str) -> pd.DataFrame:
     names = {"std": "std", "lowest": "min", "highest": "max", "runs": "count"}
     rank1 = values[values.metric == "rank1"].groupby(["dataset", "setting"])["value"]
     return columns.join(rank1.agg(**names)).rename_axis(columns=None).round(1)
+
+# %% ../nbs/25_runs.ipynb #0d0f421a
+def page_curves(method: str) -> Figure:
+    """The loss curves of a method's own pocket recipe: seed 0 on pocket-regdb.
+
+    Raises LookupError when no record of that run is kept.
+    """
+    for record in page_records(method):
+        p = record["parameters"]
+        if (p["dataset"], p["seed"]) == ("pocket-regdb", 0):
+            history = pd.DataFrame(record["history"])
+            return figures.loss_curves(history, smoke=record["data"]["rendered"])
+    raise LookupError(
+        f"data/records has no run of {method} on pocket-regdb with seed 0: train it by "
+        f"papermill nbs/train.ipynb runs/{method}.ipynb -p method {method}, and copy "
+        "its record there."
+    )
 
 # %% ../nbs/25_runs.ipynb #6e70fe11
 def report(notebook: Path | str) -> None:

@@ -36,25 +36,31 @@ from afen.core import (
     time_step,
     torch_generator,
 )
-from .method import Method, Recipe
+from .backbone import MODALITIES
+from .method import Method, Recipe, check_modality
 
 # %% ../nbs/21_training.ipynb #35bfee57
 def lr_factor(
     recipe: Recipe,
     epoch: int,  # from 0
+    share: float = 1.0,  # of the full rate, that a group of parameters learns at
 ) -> float:
-    """The learning rate of an epoch as a share of the initial one."""
-    now, floor = recipe.moment(epoch), recipe.floor
+    """A group's learning rate in an epoch, as a share of its initial one.
+
+    The floor is one rate for all groups, as in PMT's released code: the smaller a
+    group's share, the larger a part of its rate is the floor.
+    """
+    now, floor = recipe.moment(epoch), recipe.floor / share if share else 0.0
     if recipe.schedule == "cosine":
-        return _cosine(recipe, now)
+        return _cosine(recipe, now, floor)
     if now < recipe.warmup:
         return floor + (1 - floor) * (now + 1) / recipe.warmup
     return 0.1 ** sum(drop <= now for drop in recipe.drops)
 
 
-def _cosine(recipe: Recipe, epoch: int) -> float:
+def _cosine(recipe: Recipe, epoch: int, floor: float) -> float:
     """PMT's schedule, from epoch 1: linear from the floor, then a cosine to it."""
-    now, floor, length = epoch + 1, recipe.floor, recipe.length or recipe.epochs
+    now, length = epoch + 1, recipe.length or recipe.epochs
     if now < recipe.warmup:
         return floor + (1 - floor) * now / recipe.warmup
     return floor + (1 - floor) * (1 + math.cos(math.pi * now / length)) / 2
@@ -87,10 +93,10 @@ def make_optimiser(method: Method) -> torch.optim.Optimizer:
 # %% ../nbs/21_training.ipynb #ac5415c5
 def set_lr(optimiser: torch.optim.Optimizer, recipe: Recipe, epoch: int) -> float:
     """Give each group its rate for the epoch; return the full rate."""
-    lr = recipe.lr * lr_factor(recipe, epoch)
     for group in optimiser.param_groups:
-        group["lr"] = lr * group["share"]
-    return lr
+        share = group["share"]
+        group["lr"] = recipe.lr * lr_factor(recipe, epoch, share) * share
+    return recipe.lr * lr_factor(recipe, epoch)
 
 # %% ../nbs/21_training.ipynb #913d193f
 def make_sampler(
@@ -422,12 +428,20 @@ def embed(
 ) -> np.ndarray:
     """Unit features [N, D] (float32) of all images, each through its own stem.
 
-    Raises FloatingPointError when the network gives no numbers.
+    Raises ValueError for a word that is no modality or for another number of words than
+    of images, FloatingPointError when the network gives no numbers.
     """
     method.eval()
-    features = None
-    for name in ("visible", "infrared"):
-        rows = np.flatnonzero(modality.to_numpy() == name)
+    features, words = None, np.asarray(modality)
+    if not 0 < len(words) == len(packed):
+        raise ValueError(
+            f"There are {len(packed)} images and {len(words)} modalities: give at least "
+            "one image, and one word per image."
+        )
+    for word in pd.unique(words):
+        check_modality(word)
+    for name in MODALITIES:
+        rows = np.flatnonzero(words == name)
         if len(rows) == 0:  # crops of one camera
             continue
         for part in np.array_split(rows, math.ceil(len(rows) / AT_ONCE)):
@@ -437,7 +451,7 @@ def embed(
             unit = F.normalize(mean).cpu().numpy()
             check_finite(unit)
             if features is None:
-                features = np.zeros((len(modality), unit.shape[1]), np.float32)
+                features = np.zeros((len(words), unit.shape[1]), np.float32)
             features[part] = unit
     return features
 
