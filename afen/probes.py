@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from .augment import to_float
 from .batches import PackedImages, batches
+from .blocks import depthwise
 from afen.core import (
     atomic_path,
     digest,
@@ -46,7 +47,7 @@ from .datasets import Split, load
 from .evaluation import Scores, average, cosine_distances, evaluate
 from .fem import FEM, FeatureRefinement
 from .losses import CLAMP, masked_softmax, pairwise_distances, soft_margin
-from .mecs import MECS, ChannelAttention, MultiScale, depthwise, median_pool
+from .mecs import MECS, ChannelAttention, MultiScale, median_pool
 from .method import Method
 from .people import POCKET_SETS, render_set
 from afen.records import (

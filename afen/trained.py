@@ -31,7 +31,8 @@ def plan_of(
 ) -> Plan:
     """The plan of a run, from its record."""
     p = record["parameters"]
-    recipe = Recipe(**p["recipe"] | {"drops": tuple(p["recipe"]["drops"])})
+    beside = {"drops": tuple(p["recipe"]["drops"]), "precision": p["precision"]}
+    recipe = Recipe(**p["recipe"] | beside)
     which = {k: v for k, v in p.items() if k not in ("recipe", "options")}
     which |= {"root": root, "device": "auto"}
     return Plan(which, recipe, p["options"], (), Path())

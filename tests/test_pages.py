@@ -70,6 +70,24 @@ def test_a_page_counts_the_runs_of_its_own_recipe_only(monkeypatch):
     assert row["rank1"] == row["mAP"] == row["mINP"] == 5
 
 
+def test_a_page_draws_the_losses_of_its_kept_run(monkeypatch):
+    """Seed 0 on pocket-regdb, and nothing is trained; without a record, a sentence."""
+    monkeypatch.setattr(runs, "start", None)
+    (record,) = [
+        r for r in runs.page_records("ddag")
+        if (r["parameters"]["dataset"], r["parameters"]["seed"]) == ("pocket-regdb", 0)
+    ]
+    figure = runs.page_curves("ddag")
+    drawn = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    for column, name in (("loss", "total"), ("graph", "graph")):
+        history = [row[column] for row in record["history"]]
+        assert drawn[name].get_ydata().tolist() == history
+    assert runs.figures.is_smoke(figure)
+    monkeypatch.setattr(runs, "load_records", lambda: [])
+    with pytest.raises(LookupError, match="no run of ddag on pocket-regdb with seed 0"):
+        runs.page_curves("ddag")
+
+
 # --- recipes --------------------------------------------------------------------------
 
 

@@ -32,7 +32,7 @@ def run(tmp_path_factory):
     plan = make_plan(
         DEFAULTS
         | {"dataset": "regdb", "preset": "pocket", "root": str(root)}
-        | {"out": str(folder / "run"), "precision": "float32", "device": "cpu"}
+        | {"out": str(folder / "run"), "device": "cpu"}
         | {"epochs": 1, "steps": 1, "identities": 2, "images": 2}
     )
     carry_out(plan)

@@ -37,7 +37,7 @@ def folder(tmp_path_factory, start_weights):
     plan = make_plan(
         DEFAULTS
         | {"dataset": "regdb", "preset": "pocket", "root": str(root), "method": "agw"}
-        | {"out": str(here / "run"), "precision": "float32", "device": "cpu"}
+        | {"out": str(here / "run"), "device": "cpu"}
         | {"epochs": 1, "steps": 1, "identities": 2, "images": 2}
         | {"weights": str(start_weights)}
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import fem, mecs
 from ..backbone import STAGES, ModuleFactory, count_parameters
+from ..blocks import Join
 from ..core import Parameter, nearest
 from .caj import CAJ
 
@@ -57,7 +58,7 @@ class Control(nn.Module):
         width = max(1, round(spare / (2 * channels + 1)))
         one, two = nn.Conv2d(channels, width, 1), nn.Conv2d(width, channels, 1)
         self.block = nn.Sequential(one, nn.ReLU(), two)
-        self.join = mecs.Join("residual_zero")
+        self.join = Join("residual_zero")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.join(x, self.block(x))
