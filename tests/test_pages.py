@@ -45,12 +45,6 @@ def test_a_failed_run_is_made_again(plan):
     assert again["status"] == "smoke" and again["scores"] == first["scores"]
 
 
-def test_the_pictures_of_a_run_are_small(plan):
-    curves, lists = runs.pictures(runs.finished_run(plan))
-    assert [line.get_label() for line in curves.axes[0].get_lines()][0] == "total"
-    assert runs.figures.is_smoke(curves) and lists.width <= runs.PAGE_WIDTH
-
-
 def test_a_page_counts_the_runs_of_its_own_recipe_only(monkeypatch):
     """Other switches, other recipes and other sets are not averaged with it."""
     given = runs.DEFAULTS | {"method": "agw", "precision": "bfloat16"}
