@@ -25,7 +25,6 @@ from afen.methods.dart import (
 from afen.people import write_tree
 from afen.training import (
     Run,
-    arithmetic,
     embed,
     load_checkpoint,
     make_optimiser,
@@ -81,10 +80,7 @@ def start(tree, rate: float, folder=None, resume: bool = False, **changes) -> Ru
     packed = pack(split.root, train.path, (SMALL.height, SMALL.width), cache)
     seed_everything(0)
     method = create("dart", train.identity.nunique(), replace(SMALL, **changes))
-    return Run(
-        method, train, packed, seed=1, precision="float32", steps=1, folder=folder,
-        resume=resume,
-    )  # fmt: skip
+    return Run(method, train, packed, seed=1, steps=1, folder=folder, resume=resume)
 
 
 # --- how sure a label is ------------------------------------------------------------
@@ -228,12 +224,11 @@ def test_one_optimiser_is_as_good_as_two(method):
     apart = [make_optimiser(network) for network in twin.networks]
     for step in range(2):
         train_step(method, together, noise_batch(step), 1, "float32")
-        with arithmetic(torch.device("cpu")):  # as in train_step
-            losses = twin.losses(noise_batch(step), 1)
-            for optimiser, name in zip(apart, "ab"):
-                optimiser.zero_grad()
-                (losses[f"identity_{name}"] + losses[f"quadruplet_{name}"]).backward()
-                optimiser.step()
+        losses = twin.losses(noise_batch(step), 1)
+        for optimiser, name in zip(apart, "ab"):
+            optimiser.zero_grad()
+            (losses[f"identity_{name}"] + losses[f"quadruplet_{name}"]).backward()
+            optimiser.step()
     for ours, theirs in zip(method.parameters(), twin.parameters()):
         assert torch.equal(ours, theirs)
 
@@ -316,8 +311,7 @@ def test_the_sweep_shows_every_image_in_full_batches(tree):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_noisy_run_through_the_loop(tree, precision):
-    run = start(tree, 0.5)
-    run.precision = precision
+    run = start(tree, 0.5, precision=precision)
     metrics = run.fit(progress=False)
     names = ["identity_a", "quadruplet_a", "identity_b", "quadruplet_b"]
     assert np.isfinite(metrics[names]).all(axis=None)

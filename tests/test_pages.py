@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_decisions import committed, rerun
 
 from afen import runs
 from afen.augment import FILL, LUMA, MEAN, normalise, to_float
@@ -206,3 +207,11 @@ def test_views_have_the_released_chances(name):
         if chances is PLAIN and erasing:
             box = torch.isclose(pixels, torch.tensor(fill)[:, None]).all(1).any(1)
             assert torch.equal(box, erased)
+
+
+# --- how to ---------------------------------------------------------------------------
+
+
+def test_the_plan_of_how_to_reproduce_is_that_of_the_records():
+    pages, _ = rerun("how_to_reproduce")
+    assert pages and pages == committed("how_to_reproduce")

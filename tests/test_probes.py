@@ -34,7 +34,7 @@ def run(tmp_path_factory):
     plan = make_plan(
         DEFAULTS
         | {"dataset": "regdb", "preset": "pocket", "root": str(root)}
-        | {"out": str(folder / "run"), "precision": "bfloat16", "device": "cpu"}
+        | {"out": str(folder / "run"), "device": "cpu"}
         | {"epochs": 1, "steps": 1, "identities": 2, "images": 2}
     )
     carry_out(plan)
@@ -206,7 +206,7 @@ def test_the_command_line_keeps_a_probe_that_repeats(run, tmp_path):
     (kept,) = probes.load_probes(tmp_path)
     again = probes.probe(folder, root, "cpu")
     assert kept["measures"] == again["measures"] and kept["status"] == "smoke"
-    assert len(probes.table([kept], "noise")) == 2 * (1 + 6)
+    assert len(probes.probe_table([kept], "noise")) == 2 * (1 + 6)
     path = tmp_path / f"{kept['run']}.json"
     path.write_text(path.read_text().replace('"status": "smoke"', '"status": "partial"'))
     with pytest.raises(ValueError, match="changed after it was written"):

@@ -19,7 +19,7 @@ from ..augment import normalise, to_float
 from ..backbone import DualResNet, Head, make_neck
 from ..core import Parameter
 from ..losses import batch_hard_triplet, identity_loss
-from ..method import POCKET_RECIPE, Method, Recipe
+from ..method import POCKET_RECIPE, Method, Recipe, check_modality
 from .agw import AGW
 
 # %% ../../nbs/methods/ddag.ipynb #1e4c6703
@@ -180,6 +180,7 @@ def begin_epoch(self: DDAG, epoch: int, sweep: Iterable[Any]) -> None:
 @patch
 def embed(self: DDAG, images: Tensor, modality: str) -> Tensor:
     """The feature after the part attention, or the neck, as a unit vector: [B, C]."""
+    check_modality(modality)
     maps = self.net(**{modality: normalise(to_float(images))})
     _, feature, _ = self.head(maps)
     if self.options["feature"] == "attention":

@@ -45,7 +45,7 @@ from afen.losses import (
     intra_modality_triplet,
     pairwise_distances,
 )
-from ..method import POCKET_RECIPE, Method, Recipe
+from ..method import POCKET_RECIPE, Method, Recipe, check_modality
 
 # %% ../../nbs/methods/pmt.ipynb #27cd6e02
 class OverlappingPatches(PatchEmbed):
@@ -395,5 +395,6 @@ def losses(self: PMT, batch: Any, epoch: int) -> dict[str, Tensor]:
 @patch
 def embed(self: PMT, images: Tensor, modality: str) -> Tensor:
     """The feature after the neck as a unit vector [B, C], of either modality."""
+    check_modality(modality)
     _, necked, _ = self.head(self.vit(normalise(to_float(images))))
     return F.normalize(necked.float())

@@ -25,7 +25,8 @@ from afen.losses import (
     intra_modality_triplet,
     pairwise_distances,
 )
-from ..method import POCKET_RECIPE, Method, Recipe
+from ..method import POCKET_RECIPE, Method, Recipe, check_modality
+
 
 # %% ../../nbs/methods/xmodal.ipynb #c4398bc6
 class XGenerator(nn.Module):
@@ -188,5 +189,6 @@ def centre_terms(
 @patch
 def embed(self: XModality, images: Tensor, modality: str) -> Tensor:
     """The feature before the neck as a unit vector [B, C], of either modality."""
+    check_modality(modality)
     maps = self.net(normalise(to_float(images)))
     return F.normalize(self.head.pool(maps).float())
