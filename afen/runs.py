@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'injected_parameters', 'Plan', 'make_plan',
-           'change_recipe', 'check_machine', 'Data', 'count_departures', 'open_data', 'start', 'data_key', 'score',
-           'score_table', 'one_line', 'begin_record', 'end_record', 'save_weights', 'draw', 'ranked_images',
-           'carry_out', 'page_records', 'page_scores', 'page_curves', 'report']
+           'change_recipe', 'check_machine', 'Data', 'open_data', 'start', 'data_key', 'score', 'score_table',
+           'one_line', 'begin_record', 'end_record', 'save_weights', 'draw', 'ranked_images', 'carry_out',
+           'page_records', 'page_scores', 'page_curves', 'report']
 
 # %% ../nbs/25_runs.ipynb #59e2a2e5
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from afen.core import (
     seed_everything,
     short_path,
 )
-from .datasets import NAMES, Split, load, summary, verify, with_noise
+from .datasets import NAMES, Split, load, summary
 from afen.evaluation import (
     Scores,
     average,
@@ -225,17 +226,6 @@ class Data:
             "test_identities": int(test.identity.nunique()),
         }
 
-# %% ../nbs/25_runs.ipynb #29176024
-def count_departures(dataset: str, root: str | None) -> tuple[str, ...]:
-    """Where a copy departs from the published counts, a sentence each."""
-    if dataset == "folder" or dataset.startswith("pocket-"):
-        return ()
-    report = verify(dataset, root)
-    return tuple(
-        f"{row.what}: {row.found} in this copy, {row.expected} published"
-        for row in report[~report.ok].itertuples()
-    )
-
 # %% ../nbs/25_runs.ipynb #675fcd88
 def _pack_both(
     split: Split,
@@ -264,18 +254,17 @@ def open_data(plan: Plan) -> Data:
     p = plan.given
     with torch.device("meta"):  # a wrong switch is refused before images are read
         create(p["method"], 2, replace(plan.recipe, weights="none"), **plan.options)
-    split = load(p["dataset"], p["root"], p["trial"], p["gallery"], p["seed"])
-    rendered = "x0" in split.train
-    if rendered and not p["dataset"].startswith("pocket-"):
-        print(f"{split.root} has a joints.csv, as rendered sets have: status smoke.")
-    departures = () if rendered else count_departures(p["dataset"], p["root"])
-    for sentence in departures:
+    with warnings.catch_warnings(action="ignore"):  # what is left out is printed below
+        split = load(*(p[k] for k in ("dataset", "root", "trial", "gallery", "noise", "seed")))
+    if split.rendered and not p["dataset"].startswith("pocket-"):
+        print(f"{split.root} has the renderer's mark, rendered.json: status smoke.")
+    for sentence in split.departures:
         print(f"warning: {sentence}")
-    split = with_noise(split, p["noise"], p["seed"])
     train, test = _pack_both(split, (plan.recipe.height, plan.recipe.width))
     if method_class(p["method"]).needs_joints:
         split = with_joints(split, train, pick_device(p["device"]))
-    return Data(split, train, test, rendered, departures)
+    return Data(split, train, test, split.rendered, split.departures)
+
 
 # %% ../nbs/25_runs.ipynb #f75d3d22
 def start(plan: Plan, data: Data) -> Run:
