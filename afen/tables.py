@@ -731,26 +731,25 @@ def _split_block(whole: str, path: Path | str, name: str) -> tuple[str, str, str
         )
     return parts[1], parts[2], parts[3]
 
-# %% ../nbs/23_tables.ipynb #6935fcbc
+# %% ../nbs/23_tables.ipynb #da6ff141
 def state_block(
     records: Iterable[Mapping[str, Any]],  # all that are kept
     row_parameters: Iterable[Mapping[str, Any]],  # parameters of the runs of the table's rows
+    findings: Iterable[str] = (),  # sentences, for a list in front
 ) -> str:
-    """The state of the reproduction as Markdown, from nothing but the records."""
+    """The state of the reproduction as Markdown: what was found, and from which runs."""
     records = list(records)
     real = real_records(records)
     rendered = [record for record in records if is_rendered(record)]
     table = table1(real, row_parameters)
-    rows = row_verdicts(table)
-    held = f"{(rows == 'reproduced').sum()} of {len(rows)}"
+    listed = "".join(f"* {line}\n" for line in findings)
     sides = [_state(real), _state(rendered)]
     frame = pd.DataFrame({"": list(sides[0]), "real data": sides[0].values()})
     frame["rendered data (smoke)"] = sides[1].values()
     why = "; ".join(missing_reasons(table))
-    return (
-        f"**{held} rows of Table 1 are reproduced.** Outcome: {outcome(table)}."
-        f"{f' Not run: {why}.' if why else ''}\n\n{markdown(frame)}"
-    )
+    not_run = f" Not run: {why}." if why else ""
+    said = f"Outcome of Table 1: {outcome(table)}.{not_run}"
+    return f"{listed}\n{said}\n\n{markdown(frame)}".lstrip()
 
 
 def _state(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:

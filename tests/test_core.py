@@ -80,3 +80,16 @@ def test_a_device_is_told_by_its_name_in_torch(written, meant):
 
 def test_capitals_alone_are_no_other_option():
     assert nearest("b", ["B", "b"], "letter") == fold_case("b", ["B", "b"]) == "b"
+
+
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        ({"options": {"mecs_aftr": "layer3"}}, "did you mean 'mecs_after'"),
+        ({"method": "dart", "stable": False}, "Method dart has no 'stable'"),
+        ({"epochs": 0}, "Parameter epochs is 0: it must be at least 1"),
+    ],
+)
+def test_a_wrong_switch_or_value_is_refused_in_a_plan(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make_plan(DEFAULTS | wrong)

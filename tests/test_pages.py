@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_decisions import committed, rerun
 
 from afen import runs
 from afen.augment import FILL, LUMA, MEAN, normalise, to_float
@@ -29,24 +30,20 @@ def plan(tmp_path):
     return runs.make_plan(runs.DEFAULTS | TINY | places)
 
 
-def test_a_missing_run_is_made_and_a_finished_one_is_read(plan, monkeypatch):
-    folder = runs.finished_run(plan)
-    first = read_record(folder / "record.json")
-    assert folder == plan.folder and first["status"] == "smoke" and first["scores"]
-    assert (folder / "weights.safetensors").exists()
-    monkeypatch.setattr(runs, "start", None)  # nothing can train from here on
-    assert read_record(runs.finished_run(plan) / "record.json") == first
-
-
 def test_a_failed_run_is_made_again(plan):
-    first = read_record(runs.finished_run(plan) / "record.json")
+    runs.carry_out(plan)
+    first = read_record(plan.folder / "record.json")
+    assert first["status"] == "smoke" and first["scores"]
+    assert (plan.folder / "weights.safetensors").exists()
     write_record(first | {"status": "failed", "reason": "did not finish"}, plan.folder)
-    again = read_record(runs.finished_run(plan) / "record.json")
+    runs.carry_out(plan)
+    again = read_record(plan.folder / "record.json")
     assert again["status"] == "smoke" and again["scores"] == first["scores"]
 
 
 def test_the_pictures_of_a_run_are_small(plan):
-    curves, lists = runs.pictures(runs.finished_run(plan))
+    runs.carry_out(plan)
+    curves, lists = runs.pictures(plan.folder)
     assert [line.get_label() for line in curves.axes[0].get_lines()][0] == "total"
     assert runs.figures.is_smoke(curves) and lists.width <= runs.PAGE_WIDTH
 
@@ -212,3 +209,11 @@ def test_views_have_the_released_chances(name):
         if chances is PLAIN and erasing:
             box = torch.isclose(pixels, torch.tensor(fill)[:, None]).all(1).any(1)
             assert torch.equal(box, erased)
+
+
+# --- how to ---------------------------------------------------------------------------
+
+
+def test_the_plan_of_how_to_reproduce_is_that_of_the_records():
+    pages, _ = rerun("how_to_reproduce")
+    assert pages and pages == committed("how_to_reproduce")
