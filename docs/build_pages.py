@@ -21,29 +21,29 @@ BUILD = ROOT / "docs" / "_build"
 def sections() -> list[dict]:
     """The sections of toc.toml, their patterns replaced by pages."""
     table = tomllib.loads((ROOT / "docs" / "toc.toml").read_text())["section"]
-    names, generated = notebooks(), {"figures", "paper_map", "errors"}
-    optional = {"CONTRIBUTING", "CHANGELOG"}
-    literal = {page for section in table for page in section["pages"] if "*" not in page}
-    taken: set[str] = set()
-    for section in table:
-        listed = []
-        for pattern in section["pages"]:
-            matching = [n for n in names if fnmatch(n, pattern) and n not in taken]
-            if "*" in pattern:  # a deeper folder has a pattern of its own
-                depth = pattern.count("/")
-                matching = [n for n in matching if n.count("/") == depth]
-                matching = [n for n in matching if n not in literal]
-            elif not matching:
-                known = pattern in generated or page_exists(pattern)
-                if not known and pattern not in optional:
-                    sys.exit(f"docs/toc.toml lists {pattern}: there is no such page.")
-                matching = [pattern] if known else []
-            listed += matching
-            taken |= set(matching)
-        section["pages"] = listed
-    if missing := sorted(set(names) - taken):
-        sys.exit(f"docs/toc.toml lists no place for {', '.join(missing)}: add it there.")
+    patterns = [pattern for part in table for pattern in part["pages"]]
+    taken: dict[str, list[str]] = {pattern: [] for pattern in patterns}
+    homeless = []
+    for name in notebooks():
+        fit = [p for p in patterns if fnmatch(name, p) and p.count("/") == name.count("/")]
+        taken[max(fit, key=len)].append(name) if fit else homeless.append(name)
+    if homeless:
+        sys.exit(f"docs/toc.toml has no place for {', '.join(homeless)}: add one there.")
+    for part in table:
+        part["pages"] = [n for p in part["pages"] for n in taken[p] or hand_written(p)]
     return table
+
+
+OPTIONAL = {"CONTRIBUTING", "CHANGELOG"}
+
+
+def hand_written(pattern: str) -> list[str]:
+    """The page that is no notebook; nothing for a pattern that may match nothing."""
+    if pattern in pages.GENERATED or page_exists(pattern):
+        return [pattern]
+    if "*" not in pattern and pattern not in OPTIONAL:
+        sys.exit(f"docs/toc.toml lists {pattern}: there is no such page.")
+    return []
 
 
 def page_exists(name: str) -> bool:

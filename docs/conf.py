@@ -4,6 +4,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from docutils import nodes
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
@@ -33,6 +35,7 @@ MATHJAX_FILES = ["tex-chtml.js", "output/chtml/fonts/woff-v2"]
 mathjax_path = "mathjax/tex-chtml.js"
 mathjax3_config = {"options": {"enableMenu": False}}
 
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
 html_theme = "pydata_sphinx_theme"
 html_title = "AFEN, a paper companion"
 html_static_path = [str(HERE / "static")]
@@ -40,6 +43,7 @@ html_css_files = ["site.css"]
 html_extra_path = [str(HERE / "_build" / "extra")]
 html_show_sourcelink = html_copy_source = False
 html_theme_options = {
+    "logo": {"text": "AFEN"},
     "navbar_end": ["theme-switcher"],
     "header_links_before_dropdown": 7,
     "show_nav_level": 2,
@@ -48,3 +52,14 @@ html_theme_options = {
     "footer_end": [],
     "back_to_top_button": False,
 }
+
+
+def leave_equations_alone(app, tree):
+    """Hand display equations to MathJax as written: Sphinx would nest aligned ones."""
+    for node in tree.findall(nodes.math_block):
+        node["no-wrap"] = True
+        node.children = [nodes.Text(rf"\[{node.astext()}\]")]
+
+
+def setup(app):
+    app.connect("doctree-read", leave_equations_alone)

@@ -121,7 +121,7 @@ def api() -> dict[str, str]:
         texts[name] = f"# {name}\n\n> {docstring_line(about)}\n\n{body}\n"
         listed.append((name, about))
     rows = "\n".join(f"| [{n}]({n}.md) | {docstring_line(about)} |" for n, about in listed)
-    texts["index"] = f"""# API reference
+    texts["index"] = f"""# API
 
 > Every exported name: its arguments with their shapes and units, what it raises, its source.
 
@@ -319,7 +319,9 @@ def title_and_summary(source: Path, name: str) -> tuple[str, str]:
         text = (source / f"{name}.md").read_text()
     title = re.search(r"^# (.+)$", text, re.M)[1]
     summary = re.search(r"^> (.+(?:\n> .+)*)", text, re.M)
-    return title, summary[1].replace("\n> ", " ") if summary else ""
+    summary = summary or re.search(r"^# .+\n\n([A-Z][^:.]+[.:])", text)
+    words = re.sub(r"\n(> )?", " ", summary[1]) if summary else ""
+    return title, words.replace(":", ".") if words.endswith(":") else words
 
 
 def section(source: Path, part: dict) -> str:
