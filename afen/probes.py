@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['Row', 'Tables', 'NOISE', 'BANDS', 'DEAD', 'N_BATCHES', 'PARTNERS', 'STRANGERS', 'MEASURES', 'NO_PROBE',
-           'PROBE_SCHEMA', 'watch', 'parts', 'Subject', 'add_noise', 'NoisyImages', 'score_queries', 'branch_gates',
-           'relative_change', 'noise', 'score_rows', 'drift', 'joins', 'response_shares', 'extent', 'strips',
-           'kernel_name', 'kernel', 'spectrum', 'high_share', 'refined_maps', 'white_response', 'frequencies',
+           'PROBE_SCHEMA', 'watch', 'parts', 'Subject', 'open_subject', 'add_noise', 'NoisyImages', 'score_queries',
+           'branch_gates', 'relative_change', 'noise', 'score_rows', 'drift', 'joins', 'response_shares', 'extent',
+           'strips', 'kernel_name', 'kernel', 'spectrum', 'high_share', 'refined_maps', 'white_response', 'frequencies',
            'spectrum_rows', 'mmd', 'modality_gap', 'gap', 'pooled_ends', 'fifths', 'pair_weights', 'pair_gradients',
            'hardness_rows', 'anchor_row', 'training_distances', 'hardness', 'partner', 'elsewhere', 'no_transfer',
-           'transfer', 'plan_of', 'load_weights', 'open_run', 'check_probe', 'tidy', 'probe', 'probes_folder',
-           'to_text', 'write_probe', 'load_probes', 'probe_table', 'main']
+           'transfer', 'check_probe', 'tidy', 'probe', 'probes_folder', 'to_text', 'write_probe', 'load_probes',
+           'probe_table', 'main']
 
-# %% ../nbs/28_probes.ipynb #a0629a3f
+# %% ../nbs/28_probes.ipynb #e4ae0e2a
 import argparse
 import json
 import re
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,16 @@ import jsonschema
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from .augment import to_float
-from .batches import PackedImages, batches, pack
+from .batches import PackedImages, batches
+from .blocks import depthwise
 from afen.core import (
     atomic_path,
     digest,
     nearest,
-    pick_device,
     project_root,
-    seed_everything,
     short_path,
     torch_generator,
 )
@@ -48,22 +47,21 @@ from .datasets import Split, load
 from .evaluation import Scores, average, cosine_distances, evaluate
 from .fem import FEM, FeatureRefinement
 from .losses import CLAMP, masked_softmax, pairwise_distances, soft_margin
-from .mecs import MECS, ChannelAttention, MultiScale, depthwise, median_pool
-from .method import Method, Recipe, create
-from .methods.agw import AGW
+from .mecs import MECS, ChannelAttention, MultiScale, median_pool
+from .method import Method
 from .people import POCKET_SETS, render_set
 from afen.records import (
     STATUSES,
     code_revision,
     fingerprint,
     package_versions,
-    read_record,
     records_folder,
 )
-from .runs import Data, Plan, data_key, open_data
+from .runs import Data
+from .trained import TrainedRun, initial_network, open_run, run_data
 from .training import embed, make_sampler
 
-# %% ../nbs/28_probes.ipynb #382cf0a9
+# %% ../nbs/28_probes.ipynb #871e25c1
 @contextmanager
 def watch(
     modules: Mapping[str, nn.Module],
@@ -73,8 +71,8 @@ def watch(
     notes: dict[str, list[Any]] = {name: [] for name in modules}
 
     def listen(name: str, module: nn.Module) -> Any:
-        def note(module: nn.Module, given: tuple, made: Tensor) -> None:
-            notes[name].append(look(module, given[0], made))
+        def note(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            notes[name].append(look(module, inputs[0], output))
 
         return module.register_forward_hook(note)
 
@@ -90,23 +88,30 @@ def parts(network: nn.Module, kind: Any) -> dict[str, nn.Module]:
     """The modules of a kind inside a network, by their names."""
     return {n: m for n, m in network.named_modules() if isinstance(m, kind)}
 
-# %% ../nbs/28_probes.ipynb #79b76894
+# %% ../nbs/28_probes.ipynb #cae6fdf7
 @dataclass(frozen=True)
 class Subject:
     """One run, opened for measuring."""
 
-    initial: Method  # as it was before the first step
-    trained: Method
-    plan: Plan
+    run: TrainedRun
     data: Data
-    device: torch.device
+
+    @property
+    def trained(self) -> Method:
+        """The network after training."""
+        return self.run.network
+
+    @cached_property
+    def initial(self) -> Method:
+        """The network before the first step. Errors as `initial_network`."""
+        return initial_network(self.run)
 
     def embed(self, images: Any) -> np.ndarray:
         """Unit features [N, D] of all test images, or of a noisy copy of them."""
-        modality = self.data.split.test.modality
-        return embed(self.trained, images, modality, flip=False, device=self.device)
+        modality, device = self.data.split.test.modality, self.run.device
+        return embed(self.trained, images, modality, flip=False, device=device)
 
-    def inside(self, *looks: tuple[Any, Callable[..., Any]]) -> list[dict[str, list]]:
+    def notes(self, *looks: tuple[Any, Callable[..., Any]]) -> list[dict[str, list]]:
         """For each (kind, look), notes on the modules of that kind.
 
         In the order of the notes, all visible test images precede all infrared ones.
@@ -117,6 +122,16 @@ class Subject:
             if any(notes):  # of a network without such modules there is nothing to see
                 self.embed(self.data.test)
         return notes
+
+
+def open_subject(
+    folder: Path | str,  # of a finished run
+    root: str | None = None,  # where the data set is; data/<name> if None
+    device: str = "auto",
+) -> Subject:
+    """Open a run with its data. Errors as `open_run` and `run_data`."""
+    run = open_run(folder, device)
+    return Subject(run, run_data(run, root))
 
 
 Row = dict[str, Any]  # of a table: words and numbers
@@ -142,7 +157,7 @@ def add_noise(
     noisy = to_float(images) + level * torch.special.ndtri(uniform)
     return noisy.mul(255).round().clamp(0, 255).byte()
 
-# %% ../nbs/28_probes.ipynb #a1112592
+# %% ../nbs/28_probes.ipynb #17ed9772
 @dataclass(frozen=True)
 class NoisyImages:
     """Packed images seen through noise."""
@@ -150,6 +165,9 @@ class NoisyImages:
     packed: PackedImages
     kind: str  # a key of NOISE
     level: float
+
+    def __len__(self) -> int:
+        return len(self.packed)
 
     def batch(self, rows: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
         """The rows as noisy uint8 [B, 3, H, W]."""
@@ -160,7 +178,7 @@ class NoisyImages:
         uniform = uniform.clamp(1e-6, 1 - 1e-6).to(device)
         return add_noise(images, self.kind, self.level, uniform)
 
-# %% ../nbs/28_probes.ipynb #ba502372
+# %% ../nbs/28_probes.ipynb #17863e89
 def score_queries(
     query: np.ndarray,  # [N_test, D] features, used where an image is a query
     gallery: np.ndarray,  # [N_test, D] features, used where it is in the gallery
@@ -172,8 +190,8 @@ def score_queries(
     for trial in split.trials:
         q, g = trial.query, trial.gallery
         rules = (ids[q], ids[g], cams[q], cams[g], split.protocol)
-        found = evaluate(cosine_distances(query[q], gallery[g]), *rules)
-        scores.setdefault(trial.setting, []).append(found)
+        scored = evaluate(cosine_distances(query[q], gallery[g]), *rules)
+        scores.setdefault(trial.setting, []).append(scored)
     return {setting: average(each) for setting, each in scores.items()}
 
 # %% ../nbs/28_probes.ipynb #8c35c083
@@ -194,7 +212,7 @@ def relative_change(
     """How far `other` lies from `gates`, relative to them, mean over B: [...]."""
     return ((other - gates).norm(dim=-1) / gates.norm(dim=-1)).mean(-1)
 
-# %% ../nbs/28_probes.ipynb #7b4b4141
+# %% ../nbs/28_probes.ipynb #c4f233b9
 def noise(subject: Subject) -> Tables:
     """Scores with noisy queries, and the drift of the channel attention, Eq. (A)."""
     attentions = parts(subject.trained, ChannelAttention)
@@ -218,10 +236,10 @@ def noise(subject: Subject) -> Tables:
 
 
 def score_rows(scores: Mapping[str, Scores], about: Row) -> list[Row]:
-    """A row a setting, with Rank-1 and mAP."""
+    """One row per setting, with Rank-1 and mAP."""
     return [
-        about | {"setting": setting, "rank1": found.rank(1), "mAP": found.mAP}
-        for setting, found in scores.items()
+        about | {"setting": setting, "rank1": each.rank(1), "mAP": each.mAP}
+        for setting, each in scores.items()
     ]
 
 
@@ -237,11 +255,11 @@ def drift(
         moved = relative_change(noisy[name], clean[name])
         spread = relative_change(clean[name].mean(1, keepdim=True), clean[name])
         for i, branch in enumerate([*attention.pools, "all"]):
-            found = {"drift": moved[i].item(), "spread": spread[i].item()}
-            rows.append({"module": name, "branch": branch} | about | found)
+            numbers = {"drift": moved[i].item(), "spread": spread[i].item()}
+            rows.append({"module": name, "branch": branch} | about | numbers)
     return rows
 
-# %% ../nbs/28_probes.ipynb #9981ebf3
+# %% ../nbs/28_probes.ipynb #a7bb0e1b
 def joins(subject: Subject) -> Tables:
     """For every MECS and FEM: its gain, and how much it changes its map."""
 
@@ -251,14 +269,14 @@ def joins(subject: Subject) -> Tables:
     def is_zero(module: Any, x: Tensor, y: Tensor) -> Tensor:
         return median_pool(x) == 0  # [B, C, 1, 1]
 
-    changes, zeros = subject.inside(((MECS, FEM), change), (ChannelAttention, is_zero))
+    changes, zeros = subject.notes(((MECS, FEM), change), (ChannelAttention, is_zero))
     rows = []
     for name, each in changes.items():
         module = subject.trained.get_submodule(name)
         gain = getattr(module.join, "gain", torch.ones(()))
         about = {"module": name, "kind": type(module).__name__}
-        found = torch.cat(each).mean().item()
-        rows.append(about | {"gain": gain.item(), "change": found})
+        share = torch.cat(each).mean().item()
+        rows.append(about | {"gain": gain.item(), "change": share})
     medians = [
         {"module": name, "zero": torch.cat(each).float().mean().item()}
         for name, each in zeros.items()
@@ -289,7 +307,7 @@ def extent(
     middle = (share * offset).sum(-1, keepdim=True)
     return (share * (offset - middle).square()).sum(-1).sqrt()
 
-# %% ../nbs/28_probes.ipynb #60ed4bd7
+# %% ../nbs/28_probes.ipynb #ac7f7a64
 def strips(subject: Subject) -> Tables:
     """Shares of the strips of Eq. (3), and the extents of their kernels, Eq. (B)."""
 
@@ -299,8 +317,8 @@ def strips(subject: Subject) -> Tables:
         return *response_shares(responses), x.shape[2:]
 
     tables: Tables = {"strips": [], "kernels": []}
-    (inside,) = subject.inside((MultiScale, look))
-    for name, notes in inside.items():
+    (seen,) = subject.notes((MultiScale, look))
+    for name, notes in seen.items():
         energy, variance = (torch.stack(x).mean(0) for x in list(zip(*notes))[:2])
         size = notes[0][2]  # (H, W)
         scales = subject.trained.get_submodule(name)
@@ -386,7 +404,7 @@ def white_response(
     F = mean[:, None, None] + deviation[:, None, None] * white
     return {k: spectrum(x).mean(0) for k, x in refined_maps(refine, F).items()}
 
-# %% ../nbs/28_probes.ipynb #85153fc8
+# %% ../nbs/28_probes.ipynb #afa6c78d
 def frequencies(subject: Subject) -> Tables:
     """Spectra of FEM's input and output and of F, Q, R and S inside; the response."""
 
@@ -399,7 +417,7 @@ def frequencies(subject: Subject) -> Tables:
         return spectra | moments
 
     tables: Tables = {"spectra": [], "response": []}
-    outside, inside = subject.inside((FEM, ends), (FeatureRefinement, inner))
+    outside, inside = subject.notes((FEM, ends), (FeatureRefinement, inner))
     for name, notes in (outside | inside).items():
         mean = {k: torch.cat([n[k] for n in notes]).mean(0) for k in notes[0]}
         if "square" in mean:
@@ -423,7 +441,7 @@ def spectrum_rows(
         for radius, power in zip(BANDS, powers.tolist())
     ]
 
-# %% ../nbs/28_probes.ipynb #e838d661
+# %% ../nbs/28_probes.ipynb #4896edb0
 def mmd(
     a: Tensor,  # [N, D]
     b: Tensor,  # [M, D]
@@ -432,10 +450,11 @@ def mmd(
     distances = pairwise_distances(torch.cat([a, b]).double())
     pairs = torch.triu(torch.ones_like(distances), 1) > 0
     kernel = (-distances.square() / (2 * distances[pairs].median() ** 2)).exp()
-    own, n = [kernel[: len(a), : len(a)], kernel[len(a) :, len(a) :]], len(a)
-    return float(own[0].mean() + own[1].mean() - 2 * kernel[:n, n:].mean())
+    n = len(a)
+    within = kernel[:n, :n].mean() + kernel[n:, n:].mean()
+    return float(within - 2 * kernel[:n, n:].mean())
 
-# %% ../nbs/28_probes.ipynb #36f7e732
+# %% ../nbs/28_probes.ipynb #454b7276
 def modality_gap(
     features: Tensor,  # [N, D]
     identity: np.ndarray,  # [N]
@@ -446,7 +465,7 @@ def modality_gap(
     pairs = np.triu(np.ones_like(distances), 1) > 0
     unit = distances[pairs].mean()
     one, two = features[~infrared].double(), features[infrared].double()
-    found = {
+    row = {
         "mmd": mmd(one, two),
         "centroids": float((one.mean(0) - two.mean(0)).norm() / unit),
     }
@@ -456,20 +475,20 @@ def modality_gap(
         for who, kind in (("within", same), ("across", ~same)):
             some = distances[pairs & chosen & kind]
             mean = some.mean() / unit if some.size else np.nan
-            found[f"{modality}_{who}"] = float(mean)
-    return found
+            row[f"{modality}_{who}"] = float(mean)
+    return row
 
-# %% ../nbs/28_probes.ipynb #b111e85c
+# %% ../nbs/28_probes.ipynb #e72674c5
 def gap(subject: Subject) -> Tables:
     """The modality gap at FEM's input, at its output, and of the final features."""
     test = subject.data.split.test
     identity = test.identity.to_numpy()
     infrared = (test.modality == "infrared").to_numpy()
     order = np.argsort(infrared, kind="stable")  # visible first, as FEM sees them
-    with watch(parts(subject.trained, FEM), pooled_ends) as inside:
+    with watch(parts(subject.trained, FEM), pooled_ends) as ends:
         features = torch.from_numpy(subject.embed(subject.data.test))
     places = {("", "feature"): features[order]}
-    for name, notes in inside.items():
+    for name, notes in ends.items():
         for where, pooled in zip(("input", "output"), zip(*notes)):
             places[name, where] = torch.cat(pooled)
     return {"gap": [
@@ -493,7 +512,7 @@ def fifths(
     total = ordered.sum().clamp(min=1e-30)
     return [float(part.sum() / total) for part in ordered.tensor_split(5)]
 
-# %% ../nbs/28_probes.ipynb #69cee0a3
+# %% ../nbs/28_probes.ipynb #1a34010c
 def pair_weights(
     distances: Tensor,  # [N, N]
     same: Tensor,  # [N, N] bool, whether the two are one identity
@@ -514,8 +533,8 @@ def pair_gradients(
     weighted = pair_weights(distances, same) * distances
     gap = torch.where(same, weighted, -weighted).sum(1)  # u of Eq. (7)
     loss = soft_margin(gap, squared).sum()
-    found = torch.autograd.grad(loss, [distances, gap])
-    return found[0].abs(), found[1].abs()
+    pairs, anchors = torch.autograd.grad(loss, [distances, gap])
+    return pairs.abs(), anchors.abs()
 
 # %% ../nbs/28_probes.ipynb #4298174d
 DEAD = 0.25  # |u| below which L_sq has about half the slope of WRT, or less
@@ -557,35 +576,34 @@ def anchor_row(
     saturated, dead = (u > CLAMP**0.5).float().mean(), (u.abs() < DEAD).float().mean()
     return quantiles | {"saturated": saturated.item(), "dead": dead.item()}
 
-# %% ../nbs/28_probes.ipynb #60d5438a
+# %% ../nbs/28_probes.ipynb #2829773b
 N_BATCHES = 4
 
 
 @torch.no_grad()
 def training_distances(
-    method: AGW,
+    method: Method,  # with `weighted_triplet`
     subject: Subject,
 ) -> tuple[Tensor, Tensor]:
     """Distances and `same` of a few training batches, [n, N, N] each."""
-    p, train = subject.plan.given, subject.data.train
-    table, recipe = subject.data.split.train, subject.plan.recipe
-    sampler = make_sampler(table, recipe, p["seed"])
-    every = batches(
-        train, table, sampler, recipe.epochs, 0, subject.device, p["seed"]
-    )
-    method, found = deepcopy(method).train(), []  # running means must not move
+    run, train = subject.run, subject.data.train
+    table, recipe = subject.data.split.train, run.plan.recipe
+    seed = run.plan.given["seed"]
+    sampler = make_sampler(table, recipe, seed)
+    every = batches(train, table, sampler, recipe.epochs, 0, run.device, seed)
+    method, pairs = deepcopy(method).train(), []  # running means must not move
     for batch in islice(every, N_BATCHES):
         visible, infrared, labels = method.views(batch)
         pooled = method.head(method.net(visible, infrared))[0]
-        found.append((pairwise_distances(pooled), labels[:, None] == labels))
-    distances, same = zip(*found)
+        pairs.append((pairwise_distances(pooled), labels[:, None] == labels))
+    distances, same = zip(*pairs)
     return torch.stack(distances), torch.stack(same)
 
 
 def hardness(subject: Subject) -> Tables:
     """Weights and gradients of WRT and L_sq by hardness, before and after training."""
     tables: Tables = {"hardness": [], "anchors": []}
-    if type(subject.trained).losses is not AGW.losses:
+    if not subject.trained.weighted_triplet:
         return tables
     for state in ("initial", "trained"):
         pairs = training_distances(getattr(subject, state), subject)
@@ -593,7 +611,7 @@ def hardness(subject: Subject) -> Tables:
             tables[name] += [{"state": state} | row for row in rows]
     return tables
 
-# %% ../nbs/28_probes.ipynb #341335c2
+# %% ../nbs/28_probes.ipynb #09008ea3
 PARTNERS = {"regdb": "sysu", "sysu": "regdb"}
 
 
@@ -632,70 +650,11 @@ def transfer(subject: Subject) -> Tables:
         split = elsewhere(other)
     except (FileNotFoundError, ValueError):  # not there, or damaged
         return no_transfer(f"no whole copy of {other} in data/{other}")
-    recipe, modality = subject.plan.recipe, split.test.modality
-    images = pack(split.root, split.test.path, (recipe.height, recipe.width))
-    features = embed(subject.trained, images, modality, False, device=subject.device)
+    run, modality = subject.run, split.test.modality
+    images = run.pack(split.root, split.test.path)
+    features = embed(run.network, images, modality, False, device=run.device)
     scores = score_queries(features, features, split)
     return {"transfer": score_rows(scores, {"dataset": other})}
-
-# %% ../nbs/28_probes.ipynb #16519495
-def plan_of(
-    record: Mapping[str, Any],
-    root: str | None = None,  # where the data set is; records do not tell
-) -> Plan:
-    """The plan of a run that was made, from its record."""
-    p = record["parameters"]
-    recipe = Recipe(**p["recipe"] | {"drops": tuple(p["recipe"]["drops"])})
-    which = {k: v for k, v in p.items() if k not in ("recipe", "options")}
-    which |= {"root": root, "device": "auto"}
-    return Plan(which, recipe, p["options"], (), Path())
-
-
-def load_weights(
-    method: Method,  # its weights are replaced
-    path: Path,  # a run's weights.safetensors
-    run: str,  # the run whose weights they must be
-) -> None:
-    """Load a run's weights. Raises ValueError if they are another run's."""
-    with safe_open(path, "pt") as file:
-        found = (file.metadata() or {}).get("run")
-        if found != run:
-            raise ValueError(
-                f"Weights {path} belong to run {found}, and the record to {run}: "
-                "do not move files between the folders of runs."
-            )
-        method.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-
-
-def open_run(
-    folder: Path | str,  # a finished run's, with record.json and weights.safetensors
-    root: str | None = None,  # where the data set is; data/<name> if None
-    device: str = "auto",
-) -> tuple[dict[str, Any], Subject]:
-    """A run's record, and its networks and data.
-
-    Raises FileNotFoundError if there is no record, ValueError if it and the others
-    disagree.
-    """
-    record = read_record(Path(folder) / "record.json")
-    if record["status"] == "failed":
-        raise ValueError(f"Run {record['id']} did not finish: train it first.")
-    plan = plan_of(record, root)
-    data = open_data(plan)
-    if data_key(data) != record["data"]["hash"]:
-        raise ValueError(
-            f"The images of {plan.given['dataset']} are not those that run "
-            f"{record['id']} saw: give their folder as root."
-        )
-    seed_everything(plan.given["seed"])
-    n_identities = data.split.train.identity.nunique()
-    where = pick_device(device)
-    name = plan.given["method"]
-    initial = create(name, n_identities, plan.recipe, **plan.options)
-    initial = initial.to(where, memory_format=torch.channels_last)
-    trained = deepcopy(initial)
-    load_weights(trained, Path(folder) / "weights.safetensors", record["id"])
-    return record, Subject(initial, trained.eval(), plan, data, where)
 
 # %% ../nbs/28_probes.ipynb #8ee32dd7
 MEASURES = (noise, joins, strips, frequencies, gap, hardness, transfer)
@@ -742,7 +701,7 @@ def check_probe(probe: Mapping[str, Any]) -> None:
             "instead of editing it."
         )
 
-# %% ../nbs/28_probes.ipynb #97caa23e
+# %% ../nbs/28_probes.ipynb #a0e3c5f6
 def tidy(value: Any) -> Any:
     """A cell of a table as a probe keeps it: six digits, None for what is no number."""
     if not isinstance(value, float):
@@ -755,13 +714,14 @@ def probe(
     root: str | None = None,  # where the data set is; data/<name> if None
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Measure a run's network; the sealed probe. Errors as `open_run`."""
+    """Measure a run's network; the sealed probe. Errors as `open_subject`."""
     begun = time.perf_counter()
-    record, subject = open_run(folder, root, device)
+    subject = open_subject(folder, root, device)
+    record = subject.run.record
     tables: Tables = {}
     for measure in MEASURES:
         tables |= measure(subject)
-    found: dict[str, Any] = {
+    sealed: dict[str, Any] = {
         "schema": 1,
         "run": record["id"],
         "status": record["status"],
@@ -774,20 +734,20 @@ def probe(
         "packages": package_versions(),
         "seconds": round(time.perf_counter() - begun, 1),
     }
-    found["fingerprint"] = fingerprint(found)
-    return found
+    sealed["fingerprint"] = fingerprint(sealed)
+    return sealed
 
-# %% ../nbs/28_probes.ipynb #b5bb43b9
+# %% ../nbs/28_probes.ipynb #3e501beb
 def probes_folder() -> Path:
     """Where the kept probes are: `data/records/probes` in the project."""
     return records_folder() / "probes"
 
 
 def to_text(probe: Mapping[str, Any]) -> str:
-    """The probe as JSON, a row of a table a line."""
+    """The probe as JSON, one row of a table per line."""
     text = json.dumps(probe, indent=1)
     row = r"\{[^{}]*\}"  # an object without objects inside
-    return re.sub(row, lambda found: " ".join(found[0].split()), text) + "\n"
+    return re.sub(row, lambda match: " ".join(match[0].split()), text) + "\n"
 
 
 def write_probe(
@@ -806,11 +766,11 @@ def load_probes(
     folder: Path | str | None = None,  # data/records/probes if None
 ) -> list[dict[str, Any]]:
     """All kept probes, checked, in the order of their runs' names."""
-    found = []
+    probes = []
     for path in sorted(Path(folder or probes_folder()).glob("*.json")):
-        found.append(json.loads(path.read_text()))
-        check_probe(found[-1])
-    return found
+        probes.append(json.loads(path.read_text()))
+        check_probe(probes[-1])
+    return probes
 
 
 def probe_table(
@@ -824,7 +784,7 @@ def probe_table(
         for row in probe["measures"].get(name, [])
     ])
 
-# %% ../nbs/28_probes.ipynb #69f5622d
+# %% ../nbs/28_probes.ipynb #beda2b3c
 def main(words: Sequence[str] | None = None) -> None:
     """The command line: measure each run and write its probe."""
     parser = argparse.ArgumentParser(
@@ -837,11 +797,11 @@ def main(words: Sequence[str] | None = None) -> None:
     given = parser.parse_args(words)
     for run in given.runs:
         try:
-            taken = probe(run, given.root, given.device)
+            kept = probe(run, given.root, given.device)
         except (ValueError, FileNotFoundError) as error:
             parser.exit(1, f"{error}\n")
-        path = write_probe(taken, given.out)
-        print(f"{short_path(path)}: {taken['seconds']:.0f} s", flush=True)
+        path = write_probe(kept, given.out)
+        print(f"{short_path(path)}: {kept['seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'PAGE_WIDTH', 'injected_parameters', 'Plan',
-           'make_plan', 'change_recipe', 'Data', 'count_departures', 'open_data', 'start', 'data_key', 'score',
-           'score_table', 'one_line', 'begin_record', 'end_record', 'save_weights', 'draw', 'ranked_images',
-           'finished_run', 'carry_out', 'pictures', 'page_records', 'page_scores', 'report']
+           'make_plan', 'change_recipe', 'check_machine', 'Data', 'count_departures', 'open_data', 'start', 'data_key',
+           'score', 'score_table', 'one_line', 'begin_record', 'end_record', 'save_weights', 'draw', 'ranked_images',
+           'carry_out', 'pictures', 'page_records', 'page_scores', 'page_curves', 'report']
 
 # %% ../nbs/25_runs.ipynb #59e2a2e5
 import json
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -60,7 +61,15 @@ from afen.records import (
     write_record,
 )
 from .tables import METRIC_TITLES, recipe_of, seed_values
-from .training import Run, collapse, embed, estimate
+from afen.training import (
+    PRECISIONS,
+    Run,
+    check_precision,
+    collapse,
+    embed,
+    estimate,
+    precision_words,
+)
 
 # %% ../nbs/25_runs.ipynb #74ff377b
 WHICH = {
@@ -85,11 +94,11 @@ CHANGES = {
     "erasing": Parameter(float, low=0.0, high=1.0, optional=True),
     "flip": Parameter(bool, optional=True),
     "weights": Parameter(str, optional=True),
+    "precision": Parameter(str, options=tuple(PRECISIONS), optional=True),
 }
 HOW = {
     "steps": Parameter(int, low=1, optional=True),
     "device": Parameter(str),
-    "precision": Parameter(str, options=("auto", "float32", "bfloat16")),
     "rerank": Parameter(bool),
     "out": Parameter(str, optional=True),
     "resume": Parameter(bool),
@@ -109,7 +118,7 @@ PARAMETERS = WHICH | CHANGES | SWITCHES | HOW
 DEFAULTS: dict[str, Any] = {name: None for name in PARAMETERS} | {
     "dataset": "pocket-regdb", "method": "afen", "preset": "auto", "trial": 1,
     "gallery": "random", "noise": 0.0, "seed": 0, "options": {}, "rerank": False,
-    "device": "auto", "precision": "auto", "resume": True,
+    "device": "auto", "resume": True,
 }  # fmt: skip
 
 # %% ../nbs/25_runs.ipynb #6668a0ff
@@ -143,7 +152,7 @@ class Plan:
         """All that the scores depend on, apart from the data and the code."""
         which = {k: self.given[k] for k in WHICH if k != "root"}
         recipe = asdict(self.recipe) | {"drops": list(self.recipe.drops)}
-        how = {k: self.given[k] for k in ("steps", "precision")}
+        how = {"steps": self.given["steps"], "precision": recipe.pop("precision")}
         return which | how | {"recipe": recipe, "options": self.options}
 
 # %% ../nbs/25_runs.ipynb #71c3af3c
@@ -156,9 +165,10 @@ def make_plan(given: Mapping[str, Any]) -> Plan:
     if p["preset"] == "auto":
         p["preset"] = "pocket" if p["dataset"].startswith("pocket-") else "paper"
     kind, changes = method_class(p["method"]), {k: p[k] for k in CHANGES}
+    p["method"] = kind.name
     nearest(p["preset"], kind.recipes, f"preset of {kind.name}")
-    own, switches = kind.configuration(p["preset"], p["dataset"])
-    recipe = change_recipe(own, changes)
+    whole, switches = kind.configuration(p["preset"], p["dataset"])
+    recipe = change_recipe(whole, changes)
     named = {k: p[k] for k in SWITCHES if k != "options" and p[k] is not None}
     for name in named.keys() - kind.switches.keys():
         has = ", ".join(kind.switches) or "none"
@@ -171,8 +181,7 @@ def make_plan(given: Mapping[str, Any]) -> Plan:
             f"Weights file {weights} does not exist: use imagenet, none, or the path "
             "of a state dict."
         )
-    said = [k for k, value in changes.items() if value is not None]
-    changed = [k for k in said if getattr(recipe, k) != getattr(own, k)]
+    changed = [k for k in changes if getattr(recipe, k) != getattr(whole, k)]
     changed += [k for k in ("steps", "noise") if p[k]]
     changed += [k for k, v in options.items() if v != switches[k]]
     plan = Plan(p, recipe, options, tuple(changed), Path())
@@ -186,6 +195,11 @@ def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     if "epochs" in given:
         recipe = recipe.scaled(given.pop("epochs"))
     return replace(recipe, **given)
+
+# %% ../nbs/25_runs.ipynb #e6b0c1d6
+def check_machine(plan: Plan) -> None:
+    """Raise ValueError if the plan's device has no fast arithmetic of its precision."""
+    check_precision(pick_device(plan.given["device"]), plan.recipe.precision)
 
 # %% ../nbs/25_runs.ipynb #009b92cc
 @dataclass(frozen=True)
@@ -229,22 +243,22 @@ def _pack_both(
     size: tuple[int, int],  # height, width
 ) -> list[PackedImages]:
     """The training and the test images; ValueError names all that are unreadable."""
-    packed, said = [], []
+    packed, errors = [], []
     for table in (split.train, split.test):
         try:
             packed.append(pack(split.root, table.path, size))
         except ValueError as error:
-            said.append(str(error))
-    if said:
-        raise ValueError("\n".join(said))
+            errors.append(str(error))
+    if errors:
+        raise ValueError("\n".join(errors))
     return packed
 
 # %% ../nbs/25_runs.ipynb #58dc7ece
 def open_data(plan: Plan) -> Data:
     """Load the split, make labels wrong if asked to, pack images at the recipe's size.
 
-    A copy that is not whole is used, and said. Joints are found where the method needs
-    them and the data have none. Raises FileNotFoundError when data or detector are not
+    A copy that is not whole is used, after a warning. Joints are detected where the method
+    needs them and the data have none. Raises FileNotFoundError when data or detector are not
     there, ValueError when a switch of a module is wrong or an image cannot be read; each
     says what to do.
     """
@@ -255,22 +269,23 @@ def open_data(plan: Plan) -> Data:
     rendered = "x0" in split.train
     if rendered and not p["dataset"].startswith("pocket-"):
         print(f"{split.root} has a joints.csv, as rendered sets have: status smoke.")
-    odd = () if rendered else count_departures(p["dataset"], p["root"])
-    for sentence in odd:
+    departures = () if rendered else count_departures(p["dataset"], p["root"])
+    for sentence in departures:
         print(f"warning: {sentence}")
     split = with_noise(split, p["noise"], p["seed"])
     train, test = _pack_both(split, (plan.recipe.height, plan.recipe.width))
     if method_class(p["method"]).needs_joints:
         split = with_joints(split, train, pick_device(p["device"]))
-    return Data(split, train, test, rendered, odd)
+    return Data(split, train, test, rendered, departures)
 
 # %% ../nbs/25_runs.ipynb #f75d3d22
 def start(plan: Plan, data: Data) -> Run:
     """Make the method and its training, and say what it will cost.
 
     Without a GPU the paper's preset takes days: the estimate is measured, printed, and
-    the run goes on.
+    the run goes on. Raises ValueError as `check_machine` does.
     """
+    check_machine(plan)
     p = plan.given
     seed_everything(p["seed"])
     n_identities = data.split.train.identity.nunique()
@@ -281,7 +296,6 @@ def start(plan: Plan, data: Data) -> Run:
         data.train,
         seed=p["seed"],
         device=pick_device(p["device"]),
-        precision=p["precision"],
         steps=p["steps"],
         folder=plan.folder,
         key=digest(plan.parameters, data_key(data)),
@@ -291,7 +305,8 @@ def start(plan: Plan, data: Data) -> Run:
         print(f"Going on from epoch {run.epoch} (-p resume False starts again).")
     if left := plan.recipe.epochs - run.epoch:
         cost = estimate(run.seconds, run.steps, left)
-        print(f"{run.device.type}, {run.computed_in}: about {cost}")
+        words = precision_words(run.device, plan.recipe.precision)
+        print(f"{run.device.type}, {words}: about {cost}")
     return run
 
 
@@ -319,9 +334,9 @@ def score_table(scores: Mapping[str, list[Scores]]) -> pd.DataFrame:
     """Per setting: Rank-1, -10, -20, mAP and mINP in per cent, and how many trials."""
     rows = {}
     for setting, each in scores.items():
-        found = summarise(each)
-        wanted = ("rank1", "rank10", "rank20", "mAP", "mINP")
-        rows[setting] = {name: 100 * found[name]["mean"] for name in wanted}
+        metrics = summarise(each)
+        shown = ("rank1", "rank10", "rank20", "mAP", "mINP")
+        rows[setting] = {name: 100 * metrics[name]["mean"] for name in shown}
         rows[setting] |= {"trials": len(each), "queries": each[0].n_queries}
     return pd.DataFrame(rows).T.astype({"trials": int, "queries": int})
 
@@ -344,17 +359,17 @@ def begin_record(plan: Plan, data: Data) -> dict[str, Any]:
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
     record, path = new_record(plan.parameters, data.describe(data_key(data))), plan.folder
-    there = read_record(path / "record.json") if (path / "record.json").exists() else None
-    if there and there["id"] != record["id"]:
+    last = read_record(path / "record.json") if (path / "record.json").exists() else None
+    if last and last["id"] != record["id"]:
         raise ValueError(
-            f"Folder {short_path(path)} holds the run {there['id']}: use another -p out."
+            f"Folder {short_path(path)} holds the run {last['id']}: use another -p out."
         )
-    other = there and there["data"]["hash"] != record["data"]["hash"]
-    if other and there["status"] != "failed":
+    other_images = last and last["data"]["hash"] != record["data"]["hash"]
+    if other_images and last["status"] != "failed":
         raise ValueError(
             f"Folder {short_path(path)} holds this run on other images: use another -p out."
         )
-    if there is None or there["status"] == "failed":
+    if last is None or last["status"] == "failed":
         write_record(record, path)
     keep_notebook(path)
     return record
@@ -369,12 +384,13 @@ def end_record(
     reduced = (*plan.changed, *data.departures)
     status = run_status(p["dataset"], p["preset"], data.rendered, reduced)
     seconds = sum(row["seconds"] for row in run.rows)
+    words = precision_words(run.device, plan.recipe.precision)
     record |= {
         "status": status,
         "reason": "; ".join([*_why(plan, status), *data.departures, *run.warnings]),
         "scores": {s: _entry(s, each, split) for s, each in scores.items()},
         "history": rounded_rows(run.rows),
-        "machine": machine(run.device, seconds, run.computed_in),
+        "machine": machine(run.device, seconds, words),
     }
     return write_record(record, plan.folder)
 
@@ -415,8 +431,8 @@ def draw(
     metrics: pd.DataFrame,
     features: np.ndarray,  # [N_test, D]
     scores: Mapping[str, list[Scores]],
-) -> list[Any]:
-    """Draw, save and return the figures of a run; they land in `folder/figures`."""
+) -> list[tuple[Figure, str]]:
+    """Draw and save the figures of a run in `folder/figures`; return them with captions."""
     trial, smoke = data.split.trials[0], data.rendered
     ids = data.split.test.identity.to_numpy()
     distances = cosine_distances(features[trial.query], features[trial.gallery])
@@ -424,8 +440,8 @@ def draw(
     curves = {setting: average(each).cmc for setting, each in scores.items()}
     cams = data.split.test.camera.to_numpy()
     rules = *pairs[1:], cams[trial.query], cams[trial.gallery], data.split.protocol
-    seen = np.where(may_see(*rules), distances, np.inf)
-    queries, near, right = ranked_images(seen, trial, ids, data.test)
+    ranked = np.where(may_see(*rules), distances, np.inf)
+    queries, near, right = ranked_images(ranked, trial, ids, data.test)
     drawings = {
         "loss_curves": (figures.loss_curves(metrics, smoke), metrics),
         "learning_rate": (
@@ -442,10 +458,10 @@ def draw(
             figures.ranked_table(right),
         ),
     }
+    captions = {name: _caption(name, plan, trial.setting) for name in drawings}
     for name, (figure, table) in drawings.items():
-        stem = plan.folder / "figures" / name
-        figures.save(figure, stem, table, _caption(name, plan, trial.setting))
-    return [figure for figure, _ in drawings.values()]
+        figures.save(figure, plan.folder / "figures" / name, table, captions[name])
+    return [(figure, captions[name]) for name, (figure, _) in drawings.items()]
 
 # %% ../nbs/25_runs.ipynb #276e1628
 def ranked_images(
@@ -474,16 +490,9 @@ def _caption(name: str, plan: Plan, setting: str) -> str:
     return f"{figures.CAPTIONS[name]} ({about}{where}.)"
 
 # %% ../nbs/25_runs.ipynb #9c187e29
-def finished_run(plan: Plan) -> Path:
-    """The folder of a finished run; without one, the run is made now, in minutes."""
-    weights, record = (plan.folder / n for n in ("weights.safetensors", "record.json"))
-    if not weights.exists() or read_record(record)["status"] == "failed":
-        carry_out(plan)  # weights are written last
-    return plan.folder
-
-
 def carry_out(plan: Plan) -> None:
     """Train, score and draw, as `train.ipynb` does cell by cell."""
+    check_machine(plan)
     data = open_data(plan)
     run = start(plan, data)
     record = begin_record(plan, data)
@@ -527,6 +536,23 @@ def page_scores(method: str) -> pd.DataFrame:
     names = {"std": "std", "lowest": "min", "highest": "max", "runs": "count"}
     rank1 = values[values.metric == "rank1"].groupby(["dataset", "setting"])["value"]
     return columns.join(rank1.agg(**names)).rename_axis(columns=None).round(1)
+
+# %% ../nbs/25_runs.ipynb #0d0f421a
+def page_curves(method: str) -> Figure:
+    """The loss curves of a method's own pocket recipe: seed 0 on pocket-regdb.
+
+    Raises LookupError when no record of that run is kept.
+    """
+    for record in page_records(method):
+        p = record["parameters"]
+        if (p["dataset"], p["seed"]) == ("pocket-regdb", 0):
+            history = pd.DataFrame(record["history"])
+            return figures.loss_curves(history, smoke=record["data"]["rendered"])
+    raise LookupError(
+        f"data/records has no run of {method} on pocket-regdb with seed 0: train it by "
+        f"papermill nbs/train.ipynb runs/{method}.ipynb -p method {method}, and copy "
+        "its record there."
+    )
 
 # %% ../nbs/25_runs.ipynb #6e70fe11
 def report(notebook: Path | str) -> None:

@@ -16,7 +16,7 @@ from afen.joints import (
     find_joints,
     kept_joints,
     load_detector,
-    surest,
+    surest_joints,
     with_joints,
 )
 from afen.people import write_tree
@@ -54,16 +54,16 @@ def constant(images):
 
 
 def test_the_surest_person_is_kept_and_its_unsure_joints_are_hidden():
-    found = {
+    people = {
         "scores": torch.tensor([0.4, 0.8, 0.6]),
         "keypoints": torch.rand(3, 17, 3),
         "keypoints_scores": torch.full((3, 17), 5.0),
     }
-    found["keypoints_scores"][1, ::2] = 1.0
-    joints = surest(found)
-    assert torch.equal(joints[:, :2], found["keypoints"][1, :, :2])
+    people["keypoints_scores"][1, ::2] = 1.0
+    joints = surest_joints(people)
+    assert torch.equal(joints[:, :2], people["keypoints"][1, :, :2])
     assert joints[:, 2].tolist() == [0, 1] * 8 + [0]
-    nobody = surest({name: value[:0] for name, value in found.items()})
+    nobody = surest_joints({name: value[:0] for name, value in people.items()})
     assert nobody.shape == (17, 3) and not nobody.any()
 
 

@@ -608,6 +608,7 @@ DRAWN = ["table1.*", "smoke_pocket*", "smoke_paper_size.csv"]  # by RESULTS, com
 ELSEWHERE = {  # where the others are compared
     "smoke_ablation*": "tests/test_workflow.py makes them again",
     "smoke_claims*": "tests/test_workflow.py makes them again",
+    "afen_network.*": "tests/test_afen.py measures its shapes",
 }
 
 
