@@ -12,7 +12,7 @@ SEEDS ?=
 ARGS ?=
 RUN = $(BIN)/papermill --no-progress-bar --log-output nbs/train.ipynb
 
-.PHONY: demo test lab train reproduce install notebooks clean
+.PHONY: demo test lab train reproduce install notebooks docs docs-serve clean
 
 install: .venv/installed
 
@@ -22,7 +22,7 @@ install: .venv/installed
 	@echo "Installing into .venv (once; about 6 GB with CUDA's libraries on Linux) ..."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -c constraints.txt -e '.[dev,workflow]'
+	  -c constraints.txt -e '.[dev,docs,workflow]'
 	@touch $@
 
 demo: install  ## train and evaluate AFEN on rendered people, in minutes
@@ -57,7 +57,15 @@ notebooks: install  ## export the modules, run every notebook, clean them
 	$(BIN)/python tests/run_notebooks.py
 	$(BIN)/nbdev_clean
 
+docs: install  ## the site, from the committed notebooks: docs/_build/html
+	$(BIN)/python docs/build_pages.py
+	$(BIN)/sphinx-build -W --keep-going -n -q -j 2 -c docs docs/_build/source docs/_build/html
+	@echo "The site is docs/_build/html/index.html; make docs-serve shows it."
+
+docs-serve: docs  ## the site at http://localhost:8000
+	$(BIN)/python -m http.server 8000 --bind localhost --directory docs/_build/html
+
 clean:  ## forget runs, rendered and packed images; keep data that users brought
-	rm -rf runs/* data/pocket
+	rm -rf runs/* data/pocket docs/_build
 	@# joints are kept: they may be yours
 	test ! -d data/packed || find data/packed -type f ! -name joints.csv -delete

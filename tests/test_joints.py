@@ -185,10 +185,13 @@ def test_opening_data_asks_for_joints_only_where_a_method_needs_them(tree, tmp_p
     given = {"dataset": "regdb", "root": str(tree), "preset": "pocket"}
     spot = make_plan(DEFAULTS | given | {"method": "spot"})
     assert open_data(spot).rendered  # its own joints: no detector
-    (tree / "joints.csv").rename(tmp_path / "joints.csv")
+    kept = ("joints.csv", "rendered.json")
+    for name in kept:
+        (tree / name).rename(tmp_path / name)
     try:
         assert not open_data(make_plan(DEFAULTS | given | {"method": "agw"})).rendered
         with pytest.raises(FileNotFoundError, match="Keypoint R-CNN"):
             open_data(spot)
     finally:
-        (tmp_path / "joints.csv").rename(tree / "joints.csv")
+        for name in kept:
+            (tmp_path / name).rename(tree / name)

@@ -73,9 +73,9 @@ class GraphAttention(nn.Module):
 @patch
 def attention(self: GraphAttention, h: Tensor, edges: Tensor) -> Tensor:
     """Projected nodes [heads, N, width], edges [N, N] -> weights [heads, N, N]."""
-    # Eq. (3): a row for the node that looks, a column for the one looked at
-    looks, seen = (h @ part for part in self.a.chunk(2, dim=1))  # [heads, N, 1]
-    scores = F.leaky_relu(looks + seen.transpose(1, 2), 0.2)  # [heads, N, N]
+    # Eq. (3): a row for node i, which looks, a column for node j, which is looked at
+    row, column = (h @ part for part in self.a.chunk(2, dim=1))  # [heads, N, 1]
+    scores = F.leaky_relu(row + column.transpose(1, 2), 0.2)  # [heads, N, N]
     return scores.masked_fill(~edges, -torch.inf).softmax(2)
 
 # %% ../../nbs/methods/ddag.ipynb #0a50903f

@@ -167,13 +167,13 @@ def losses(self: XModality, batch: Any, epoch: int) -> dict[str, Tensor]:
     pooled, _, logits = self.head(self.net(torch.cat(self.views(batch))))
     parts = zip(("visible", "infrared", "x"), logits.chunk(3), labels.chunk(3))
     identity = {f"identity_{m}": identity_loss(z, y, SMOOTHING) for m, z, y in parts}
-    across = self.centres(pooled.chunk(3), labels.chunk(3))
+    across = self.centre_terms(pooled.chunk(3), labels.chunk(3))
     triplet = intra_modality_triplet(pooled, labels, modalities=3)
     return {**identity, "triplet": triplet, "centre": WEIGHT * across}
 
 # %% ../../nbs/methods/xmodal.ipynb #53585c84
 @patch
-def centres(
+def centre_terms(
     self: XModality,
     pooled: tuple[Tensor, ...],  # of visible, infrared and X, each [B, C]
     labels: tuple[Tensor, ...],  # each [B]
