@@ -365,10 +365,13 @@ MEASURE = """() => ({
   math: document.querySelectorAll('.math').length,
   drawn: document.querySelectorAll('.math mjx-container').length,
   bad: [...document.querySelectorAll('mjx-merror')].map(e => e.textContent),
-  cut: [...document.querySelectorAll('mjx-container[display=true]')].filter(e =>
-    e.getBoundingClientRect().right > innerWidth + 1
-    || (e.scrollWidth > e.clientWidth + 1
-        && getComputedStyle(e).overflowX != 'auto')).map(e => e.textContent),
+  cut: [...document.querySelectorAll('div.math')].filter(box => {
+    const frame = box.getBoundingClientRect();
+    const inside = box.querySelector('mjx-math').getBoundingClientRect();
+    const wide = inside.right > frame.right + 1;  // then it scrolls, from its left end
+    return frame.right > innerWidth || inside.left < frame.left - 1
+      || wide && getComputedStyle(box).overflowX != 'auto';
+  }).map(box => box.textContent.slice(0, 60)),
 })"""
 
 
