@@ -214,14 +214,15 @@ def maker(stem: str) -> str:
 def record_ids(table: Path) -> list[str]:
     """The runs whose numbers a figure's table holds."""
     with table.open(newline="") as file:
-        return sorted({row["id"] for row in csv.DictReader(file) if row.get("id")})
+        rows = [row.get("id") or row.get("run") for row in csv.DictReader(file)]
+    return sorted({name for name in rows if name})
 
 
 def run_links(ids: list[str]) -> str:
     """Folded links to the kept records of runs."""
     kept = [i for i in ids if (ROOT / "data" / "records" / f"{i}.json").exists()]
     if not kept:
-        return ""
+        return "Its table names no runs; the notebook says which they are."
     links = ", ".join(f"[{i}](../data/records/{i}.json)" for i in kept)
     word = "record" if len(kept) == 1 else "records"
     return f"<details><summary>{len(kept)} {word}</summary>\n\n{links}\n\n</details>"
