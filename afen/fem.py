@@ -6,7 +6,7 @@
 __all__ = ['OPTIONS', 'LayerFactory', 'NORMS', 'ACTIVATIONS', 'BRANCHES', 'READINGS', 'LayerNorm2d', 'ConvEmbedding', 'Smooth',
            'FeatureRefinement', 'start_small', 'spatial_context', 'Mixer', 'ConvMLP', 'FEM', 'from_reading']
 
-# %% ../nbs/12_fem.ipynb #54fc5e14
+# %% ../nbs/12_fem.ipynb #402af7bd
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .blocks import JOINS, Join, check_map, check_odd
+from .blocks import check_options, check_subset, depthwise
 from .core import nearest
-from .mecs import JOINS, Join, check_map, check_odd
-from .mecs import check_options, check_subset, depthwise
 
 # %% ../nbs/12_fem.ipynb #53f63e14
 OPTIONS = {
@@ -167,7 +167,7 @@ def spatial_context(
     conv = nn.Conv2d(channels, channels, 7, padding=3, groups=4)
     return nn.Sequential(conv, act(), norm(channels))
 
-# %% ../nbs/12_fem.ipynb #cae985e8
+# %% ../nbs/12_fem.ipynb #86db9b89
 class Mixer(nn.Module):
     """CE, compression, FRM and the fusing 1x1: FEM's first half, [B, C, H, W].
 
@@ -190,16 +190,16 @@ class Mixer(nn.Module):
         if compress < 1 or channels % compress:
             raise ValueError(f"compress is {compress}: it must divide {channels}.")
         check_options(OPTIONS, embedding=embedding, fuse=fuse)
-        few, made = channels // compress, {"norm": norm, "act": act}
+        few, layers = channels // compress, {"norm": norm, "act": act}
         self.embed = nn.Identity()
         if embedding != "none":
             plain = embedding == "plain"
-            self.embed = ConvEmbedding(channels, kernel, not plain, **made)
+            self.embed = ConvEmbedding(channels, kernel, not plain, **layers)
         self.compress = nn.Sequential(nn.Conv2d(channels, few, 1), act(), norm(few))
-        self.refine = FeatureRefinement(few, **made, **refinement)
+        self.refine = FeatureRefinement(few, **layers, **refinement)
         self.partner = {"none": None, "skip": nn.Identity()}.get(fuse)
         if fuse == "scm":
-            self.partner = spatial_context(few, **made)
+            self.partner = spatial_context(few, **layers)
         wide = few if fuse == "none" else 2 * few
         self.fuse = nn.Sequential(nn.Conv2d(wide, channels, 1), act())
 
@@ -234,13 +234,6 @@ class ConvMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = self.widen(x)  # [B, ratio * C, H, W]
         return self.narrow(wide + self.local(wide))  # [B, C, H, W]
-
-# %% ../nbs/12_fem.ipynb #eabba218
-READINGS = {
-    "paper": {"fuse": "none", "join": "residual_zero"},
-    "paper_bare": {"fuse": "none", "join": "replace"},
-    "origin": {"fuse": "scm", "join": "residual"},
-}
 
 # %% ../nbs/12_fem.ipynb #de803cce
 class FEM(nn.Module):
@@ -291,12 +284,19 @@ class FEM(nn.Module):
             update = more if replaces else update + more
         return self.join(x, update)
 
-# %% ../nbs/12_fem.ipynb #35424ab4
+# %% ../nbs/12_fem.ipynb #eabba218
+READINGS = {
+    "paper": {"fuse": "none", "join": "residual_zero"},
+    "paper_bare": {"fuse": "none", "join": "replace"},
+    "origin": {"fuse": "scm", "join": "residual"},
+}
+
+# %% ../nbs/12_fem.ipynb #6639e014
 def from_reading(
     name: str,  # one of READINGS
     channels: int,  # C of the maps it will see
-    **changes: Any,  # switches of FEM that differ from the preset
+    **changes: Any,  # switches of FEM that differ from the reading
 ) -> FEM:
-    """The FEM of a preset, with the switches in `changes` set otherwise."""
+    """The FEM of a reading, with the switches in `changes` set otherwise."""
     switches = READINGS[nearest(name, READINGS, "FEM reading")]
     return FEM(channels, **{**switches, **changes})

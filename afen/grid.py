@@ -205,7 +205,7 @@ PRESETS = {
         (0, 1, 2),
         (0, 1, 2),
         STUDIES,
-        {"precision": "bfloat16"},
+        {"precision": "bfloat16"},  # as the kept records
     ),
     "paper": Preset(
         {"regdb": ("regdb", 10), "sysu": ("sysu", 1)}, (0,), (0, 1, 2), ("rows",), {}
@@ -239,10 +239,10 @@ class Job:
             words += ["-y", json.dumps({name: value})] if nested else plain
         return words
 
-    def command(self, runs: str = "runs") -> list[str]:
+    def command(self) -> list[str]:
         """The papermill command, from the project's root."""
         words = ["papermill", "--no-progress-bar", "nbs/train.ipynb"]
-        return [*words, f"{runs}/{self.id}.ipynb", *self.arguments()]
+        return [*words, f"runs/{self.id}.ipynb", *self.arguments()]
 
 # %% ../nbs/26_grid.ipynb #ae407d41
 def make_job(
@@ -283,14 +283,14 @@ def jobs(
 
 def runs_of(chosen: Iterable[Job]) -> dict[str, Job]:
     """The runs behind jobs, by name: what several cells ask for is run once."""
-    found: dict[str, Job] = {}
+    runs: dict[str, Job] = {}
     for job in chosen:
-        found.setdefault(job.id, job)
-    return found
+        runs.setdefault(job.id, job)
+    return runs
 
 # %% ../nbs/26_grid.ipynb #36b8dc5f
 def job_lines(chosen: Iterable[Job], done: Iterable[str] = ()) -> list[str]:
-    """A line a run that is not done: its name and papermill's arguments, quoted."""
+    """One line for each run that is not done: its name and papermill's arguments."""
     done = set(done)
     missing = [job for name, job in runs_of(chosen).items() if name not in done]
     return [shlex.join([job.id, *job.arguments()]) for job in missing]
@@ -344,13 +344,17 @@ def step_cost(
     records: Sequence[Mapping[str, Any]],  # finished runs
 ) -> tuple[float, str]:
     """Seconds of a step of a run, and what they are based on; NaN without a record."""
-    own = {k: v for k, v in parameters.items() if k not in _VARIED}
-    near = [r for r in records if own.items() <= r["parameters"].items()]
-    alike = [r for r in records if _frame(r["parameters"]) == _frame(parameters)]
-    for found, basis in ((near, "measured"), (alike, "measured in another cell")):
-        if found:
-            seconds = pd.Series([step_seconds(r) for r in found]).median()
-            return seconds, f"{basis}, {_devices(found)}"
+    fixed = {k: v for k, v in parameters.items() if k not in _VARIED}
+    same_step = [r for r in records if fixed.items() <= r["parameters"].items()]
+    size = _step_size(parameters)
+    same_size = [r for r in records if _step_size(r["parameters"]) == size]
+    for timed, basis in (
+        (same_step, "measured"),
+        (same_size, "measured in another cell"),
+    ):
+        if timed:
+            seconds = pd.Series([step_seconds(r) for r in timed]).median()
+            return seconds, f"{basis}, {_devices(timed)}"
     name = parameters["method"]
     others = [r for r in records if r["parameters"]["method"] == name] or records
     rates = [step_seconds(r) / step_work(r["parameters"]) for r in others]
@@ -363,7 +367,7 @@ def _devices(records: Iterable[Mapping[str, Any]]) -> str:
     return " and ".join(sorted({record["machine"]["device"] for record in records}))
 
 
-def _frame(parameters: Mapping[str, Any]) -> tuple:
+def _step_size(parameters: Mapping[str, Any]) -> tuple:
     """What mostly decides a step's cost: the method and the sizes of its recipe."""
     sizes = ("height", "width", "depth", "size", "identities", "images")
     return parameters["method"], *(parameters["recipe"][name] for name in sizes)
@@ -386,10 +390,10 @@ def plan(
     costs: dict[str, tuple[float, str]] = {}
     rows = {}
     for name, job in runs_of(chosen).items():
-        alike = json.dumps({k: v for k, v in job.parameters.items() if k not in _VARIED})
-        if alike not in costs:
-            costs[alike] = step_cost(job.parameters, finished)
-        (seconds, basis), steps = costs[alike], total_steps(job.parameters)
+        fixed = json.dumps({k: v for k, v in job.parameters.items() if k not in _VARIED})
+        if fixed not in costs:
+            costs[fixed] = step_cost(job.parameters, finished)
+        (seconds, basis), steps = costs[fixed], total_steps(job.parameters)
         state = status.get(name, "to run")
         minutes = steps * seconds / 60 if state == "to run" else 0.0
         rows[name] = (job.group.name, job.label, state, steps, seconds, basis, minutes)
@@ -500,12 +504,12 @@ def results(
     """
     preset = "pocket" if dataset.startswith("pocket-") else "paper"
     kept = load_records() if records is None else records
-    found = {record["id"]: record for record in kept}
+    by_id = {record["id"]: record for record in kept}
     rows = [
         (*about, setting, metric, score.get("mean", {}).get(metric))
         for job in jobs(preset, [study], seeds)
         if job.dataset == dataset
-        for about, scores in [_about(job, found.get(job.id))]
+        for about, scores in [_about(job, by_id.get(job.id))]
         for setting in SETTINGS[dataset.removeprefix("pocket-")]
         for score in [scores.get(setting, {})]
         for metric in METRICS
@@ -528,8 +532,8 @@ def differences(
 
     It pairs split, seed, setting and metric; NaN where one of the two is missing.
     """
-    own = table.group.map({group.name: group.reference for group in GRID})
-    base = table[table.label == (reference or own)]
+    references = table.group.map({group.name: group.reference for group in GRID})
+    base = table[table.label == (reference or references)]
     keys = ["group", "trial", "seed", "setting", "metric"]
     keys += ["dataset"] if "dataset" in table else []
     base = base[[*keys, "value"]].rename(columns={"value": "base"})
@@ -542,7 +546,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """List the runs that are to be made, or their cost, or keep the record of one."""
     parser = argparse.ArgumentParser(prog="python -m afen.grid", description=main.__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb, about in (("jobs", "a line a run"), ("plan", "a run and its cost")):
+    for verb, about in (("jobs", "one line per run"), ("plan", "the runs and their cost")):
         listing = verbs.add_parser(verb, help=about)
         listing.add_argument("--preset", default="pocket", choices=list(PRESETS))
         listing.add_argument("--study", nargs="+", choices=STUDIES)

@@ -56,7 +56,7 @@ def run_status(
     return "full" if whole else "partial"
 
 # %% ../nbs/22_records.ipynb #88b2f92f
-_TEXT, _NUMBER = {"type": "string"}, {"type": "number"}
+_TEXT = {"type": "string"}
 _FRACTION = {"type": "number", "minimum": 0, "maximum": 1}
 _SCORE = {
     "type": "object",
@@ -86,7 +86,7 @@ RECORD_SCHEMA = {
         "parameters": {"type": "object"},
         "parameters_hash": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
         "scores": {"type": "object", "additionalProperties": _SCORE},
-        "history": {"type": "array", "items": {"type": "object"}},  # a row an epoch
+        "history": {"type": "array", "items": {"type": "object"}},  # one per epoch
         "code": {"type": "object", "required": ["revision", "dirty"]},
         "packages": {"type": "object", "additionalProperties": _TEXT},
         "data": {"type": "object", "required": ["hash", "protocol"]},
@@ -136,13 +136,13 @@ def run_id(parameters: Mapping[str, Any]) -> str:
     return f"{name}-{digest(dict(p))[:8]}"
 
 # %% ../nbs/22_records.ipynb #920f9dc0
-def code_revision(root: Path | None = None) -> dict[str, Any]:
+def code_revision() -> dict[str, Any]:
     """The git revision of this code's checkout and whether its code differs from it.
 
     Records that were kept meanwhile, pages and figures are no code. Without git, or of a
     package without a checkout, the revision is "unknown".
     """
-    root = root or project_root(Path(afen.__file__).parent)
+    root = project_root(Path(afen.__file__).parent)
     known = (root / "settings.ini").is_file() and shutil.which("git")
 
     def git(*words: str) -> str:
@@ -160,19 +160,23 @@ PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pandas", "pillow", "afen"
 
 def package_versions() -> dict[str, str]:
     """Versions of what a score can depend on."""
-    found = {name: metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version()} | found
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | versions
 
 # %% ../nbs/22_records.ipynb #340384c1
 def cpu_name(info: Path | str = "/proc/cpuinfo") -> str:
     """The CPU's name where the system tells it, else its architecture."""
     text = Path(info).read_text() if Path(info).exists() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
-    return found[1] if found else platform.processor() or platform.machine()
+    line = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    return line[1] if line else platform.processor() or platform.machine()
 
 
-def machine(device: torch.device, seconds: float, precision: str) -> dict[str, Any]:
-    """The device, the run's wall-clock seconds, its peak memory in MB, the system."""
+def machine(
+    device: torch.device,
+    seconds: float,  # wall-clock, of the training
+    precision: str,  # in words, such as "float32 with TF32 convolutions"
+) -> dict[str, Any]:
+    """The device, threads, system, precision, seconds and peak memory in MB."""
     on_gpu = device.type == "cuda"
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, kB here
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -309,8 +313,10 @@ def load_records(
 def scores_table(
     records: Iterable[Mapping[str, Any]],
 ) -> pd.DataFrame:
-    """Columns id, dataset, method, preset, trial, seed, status, setting, metric, value,
-    std, n and over; a row a run, setting and metric. Values are fractions.
+    """One row for each run, setting and metric. Values are fractions.
+
+    Columns: id, dataset, method, preset, trial, seed, status, setting, metric, value,
+    std, n and over.
     """
     which = ("dataset", "method", "preset", "trial", "seed")
     rows = [

@@ -193,7 +193,8 @@ def test_memory_holds_one_chunk(monkeypatch):
     tried = []
     image = batches.Decoded(np.zeros((*SIZE, 3), np.uint8), SIZE)
     monkeypatch.setattr(batches, "try_decode", lambda *job: tried.append(job) or image)
-    stream = batches.decode_all(Path("."), ["x"] * 100, SIZE, chunk=8)
+    monkeypatch.setattr(batches, "CHUNK", 8)
+    stream = batches.decode_all(Path("."), ["x"] * 100, SIZE)
     for i, _ in enumerate(stream):
         assert len(tried) == min(8 * (i // 8 + 1), 100)
     assert i == 99
@@ -304,7 +305,7 @@ def test_batch_reaches_the_gpu(tree):
 # --- the sampler ------------------------------------------------------------------
 
 
-def naive_draw(table, n_identities, n_images, rng):
+def draw_naively(table, n_identities, n_images, rng):
     """AGW's batch, written with lists."""
     chosen = rng.permutation(sorted(set(table.label)))[:n_identities]
     halves = []
@@ -312,8 +313,8 @@ def naive_draw(table, n_identities, n_images, rng):
         rows = []
         for label in chosen:
             mask = (table.label == label) & (table.modality == modality)
-            own = table.index[mask].tolist()
-            rows += [own[int(rng.random() * len(own))] for _ in range(n_images)]
+            images = table.index[mask].tolist()
+            rows += [images[int(rng.random() * len(images))] for _ in range(n_images)]
         halves.append(rows)
     return halves
 
@@ -324,7 +325,7 @@ def test_sampler_is_the_naive_one(identities, images):
     sampler = IdentitySampler(table.label, table.modality, identities, images, seed=5)
     for step in range(50):
         rng = keyed_rng("sampler", 5, 1, step)
-        expected = naive_draw(table, identities, images, rng)
+        expected = draw_naively(table, identities, images, rng)
         assert [rows.tolist() for rows in sampler.draw(1, step)] == expected
 
 

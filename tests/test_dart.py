@@ -11,19 +11,20 @@ from sklearn.mixture import GaussianMixture
 from afen.batches import Batch, pack
 from afen.core import seed_everything, torch_generator
 from afen.datasets import load, with_noise
-from afen.losses import adaptive_quadruplet, identity_loss, soft_identity_loss
+from afen.losses import identity_loss
 from afen.method import Recipe, create
 from afen.methods.dart import (
     DART,
+    adaptive_quadruplet,
     clean_probability,
     confidences,
     fit_mixture,
     network_losses,
+    soft_identity_loss,
 )
 from afen.people import write_tree
 from afen.training import (
     Run,
-    arithmetic,
     embed,
     load_checkpoint,
     make_optimiser,
@@ -79,10 +80,7 @@ def start(tree, rate: float, folder=None, resume: bool = False, **changes) -> Ru
     packed = pack(split.root, train.path, (SMALL.height, SMALL.width), cache)
     seed_everything(0)
     method = create("dart", train.identity.nunique(), replace(SMALL, **changes))
-    return Run(
-        method, train, packed, seed=1, precision="float32", steps=1, folder=folder,
-        resume=resume,
-    )  # fmt: skip
+    return Run(method, train, packed, seed=1, steps=1, folder=folder, resume=resume)
 
 
 # --- how sure a label is ------------------------------------------------------------
@@ -164,13 +162,12 @@ def test_the_warm_up_judges_nothing(method):
 # --- two networks -------------------------------------------------------------------
 
 
-def test_trust_follows_rows_and_views(method):
+def test_confidence_follows_rows_and_views(method):
     part = noise_batch(0).parts(2)[1]
     part.visible_rows, part.infrared_rows = ROWS[::-1].copy(), ROWS + 6
-    told = method.trust(1, part)
-    own = method.confidence[1]
-    expected = torch.cat([own[0, :6].flip(0), own[1, :6].flip(0), own[2, 6:]])
-    assert torch.equal(told, expected)
+    held = method.confidence[1]
+    expected = torch.cat([held[0, :6].flip(0), held[1, :6].flip(0), held[2, 6:]])
+    assert torch.equal(method.batch_confidence(1, part), expected)
 
 
 def test_each_network_learns_by_the_others_word(method):
@@ -187,16 +184,16 @@ def test_each_network_learns_by_the_others_word(method):
         assert after[f"identity_{taught}"] != before[f"identity_{taught}"]
 
 
-def test_losses_are_those_of_the_losses_room(method):
+def test_losses_are_soft_identity_and_quadruplet(method):
     batch = half(noise_batch(0), 0)
-    trust, network = method.trust(1, batch), method.networks[0]
-    found = network_losses(network, batch, trust)
+    sure, network = method.batch_confidence(1, batch), method.networks[0]
+    found = network_losses(network, batch, sure)
     again = half(noise_batch(0), 0)
     visible, infrared, labels = network.views(again)
     pooled, _, logits = network.head(network.net(visible, infrared))
-    assert torch.equal(found[0], soft_identity_loss(logits, labels, trust))
+    assert torch.equal(found[0], soft_identity_loss(logits, labels, sure))
     guesses = logits.argmax(1)
-    expected = adaptive_quadruplet(pooled, labels, trust, guesses, again.generator)
+    expected = adaptive_quadruplet(pooled, labels, sure, guesses, again.generator)
     assert torch.equal(found[1], expected)
 
 
@@ -227,12 +224,11 @@ def test_one_optimiser_is_as_good_as_two(method):
     apart = [make_optimiser(network) for network in twin.networks]
     for step in range(2):
         train_step(method, together, noise_batch(step), 1, "float32")
-        with arithmetic(torch.device("cpu")):  # as in train_step
-            losses = twin.losses(noise_batch(step), 1)
-            for optimiser, name in zip(apart, "ab"):
-                optimiser.zero_grad()
-                (losses[f"identity_{name}"] + losses[f"quadruplet_{name}"]).backward()
-                optimiser.step()
+        losses = twin.losses(noise_batch(step), 1)
+        for optimiser, name in zip(apart, "ab"):
+            optimiser.zero_grad()
+            (losses[f"identity_{name}"] + losses[f"quadruplet_{name}"]).backward()
+            optimiser.step()
     for ours, theirs in zip(method.parameters(), twin.parameters()):
         assert torch.equal(ours, theirs)
 
@@ -315,8 +311,7 @@ def test_the_sweep_shows_every_image_in_full_batches(tree):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_noisy_run_through_the_loop(tree, precision):
-    run = start(tree, 0.5)
-    run.precision = precision
+    run = start(tree, 0.5, precision=precision)
     metrics = run.fit(progress=False)
     names = ["identity_a", "quadruplet_a", "identity_b", "quadruplet_b"]
     assert np.isfinite(metrics[names]).all(axis=None)
@@ -360,3 +355,127 @@ def test_recipes_and_refusals():
     assert paper.epochs == 100 and not pocket.flip
     with pytest.raises(ValueError, match="Unknown parameter 'stable'"):
         create("dart", 3, SMALL, stable=True)
+
+
+# --- soft identity and quadruplet; invariances are in test_losses -----------------------
+
+
+def test_soft_identity_loss_weighs_each_image():
+    logits, labels = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    each = torch.stack([identity_loss(logits[[i]], labels[[i]]) for i in range(3)])
+    confidence = torch.tensor([1.0, 0.0, 0.25])
+    torch.testing.assert_close(
+        soft_identity_loss(logits, labels, confidence), (each[0] + each[2] / 4) / 3
+    )
+
+
+LINE = torch.tensor([[0.0], [1.0], [4.0], [6.0]])
+PAIRS = torch.tensor([0, 0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("sure", "predicted", "expected"),  # what stands before the margin, by sure anchor
+    [
+        # Both true, everywhere.
+        ([1, 1, 1, 1], [0, 0, 1, 1], [1 - 4, 1 - 3, 2 - 3, 2 - 5]),
+        # Anchor 0: positive false, and no sure spare, so s = j.
+        ([1, 0, 1, 1], [0, 0, 0, 0], [1 - (1 + 4) / 2, 2 - 3, 2 - 5]),
+        # Anchors 0 and 1: negative false, s = 3. Anchor 3: positive false, s = j.
+        ([1, 1, 0, 1], [0, 0, 0, 0], [2.5 - 6, (1 + 3) / 2 - 5, 2 - (2 + 5) / 2]),
+        # Both false: the roles are swapped.
+        ([1, 0, 0, 0], [0, 0, 0, 0], [4 - 1]),
+        # Positive false; the negative is doubtful but not predicted as the anchor's.
+        ([1, 0, 0, 0], [0, 0, 1, 1], [1 - (1 + 4) / 2]),
+    ],
+)
+def test_quadruplet_by_hand(sure, predicted, expected):
+    found = adaptive_quadruplet(
+        LINE,
+        PAIRS,
+        torch.tensor(sure).float(),
+        torch.tensor(predicted),
+        torch.Generator().manual_seed(0),
+        margin=10.0,
+    )
+    assert found.item() == pytest.approx(10 + np.mean(expected))
+
+
+def test_quadruplet_takes_a_sure_spare_positive():
+    line = torch.tensor([[0.0], [1.0], [3.0], [4.0], [50.0]])
+    labels, confidence = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([1.0, 0, 1, 0, 0])
+    seen = set()
+    for seed in range(30):
+        found = adaptive_quadruplet(
+            line, labels, confidence, labels, torch.Generator().manual_seed(seed), 10.0
+        )
+        seen.add(round(found.item(), 4))
+    # Anchors 0 and 2, each with j sure or j = 1 false; s is the other sure image, or
+    # once in 32 the false one again.
+    first = [3 - 4, 3 - (1 + 4) / 2, 1 - (1 + 4) / 2]
+    third = [3 - 1, 3 - (2 + 1) / 2, 2 - (2 + 1) / 2]
+    allowed = {round(10 + (x + y) / 2, 4) for x in first for y in third}
+    usual = {round(10 + (x + y) / 2, 4) for x in first[:2] for y in third[:2]}
+    assert usual <= seen <= allowed
+
+
+def test_quadruplet_ends_with_the_tenth_negative_tried():
+    line = torch.tensor([0.0, 1.0, *range(2, 14)])[:, None]  # negatives at 2 to 13
+    labels = torch.tensor([0, 0] + [1] * 12)
+    confidence = (labels == 0).float()
+    found = adaptive_quadruplet(
+        line, labels, confidence, 0 * labels, torch.Generator().manual_seed(0), 20.0
+    )
+    # Nearest at 2; ten tries at 3 to 12, none sure: s at 12. The same from anchor 1.
+    expected = [(1 + 2) / 2 - 12, (1 + 1) / 2 - 11]
+    assert found.item() == pytest.approx(20 + np.mean(expected))
+
+
+def naive_anchor(i, features, labels, sure, predictions, uniform, margin):
+    """The case and the loss of one anchor, Eq. (4), one try after the other."""
+    d = lambda other: (features[i] - features[other]).norm()
+    others = [n for n in range(len(labels)) if n != i]
+    positives = [n for n in others if labels[n] == labels[i]]
+    negatives = sorted((n for n in others if labels[n] != labels[i]), key=d)
+    draws = [positives[int(u * len(positives))] for u in uniform]
+    j, k = draws[0], negatives[0]
+    false_positive = not sure[j]
+    false_negative = not sure[k] and predictions[k] == labels[i]
+    if false_positive and false_negative:
+        case, gap = "both false", d(k) - d(j)
+    elif false_positive:
+        s = next((n for n in draws[1:] if sure[n]), draws[-1])
+        case, gap = "positive false", d(s) - (d(j) + d(k)) / 2
+    elif false_negative:
+        tries = negatives[1:11] or [k]
+        s = next((n for n in tries if sure[n]), tries[-1])
+        case, gap = "negative false", (d(j) + d(k)) / 2 - d(s)
+    else:
+        case, gap = "both true", d(j) - d(k)
+    return case, (gap + margin).clamp(min=0)
+
+
+def test_quadruplet_by_plain_loops():
+    """Five noisy batches, and one with so few negatives that the tries run out."""
+    cases = set()
+    for key in range(6):
+        people, images = (3, 8) if key < 5 else (2, 2)
+        labels, draw = torch.arange(people).repeat_interleave(images), torch_generator(key)
+        n = len(labels)
+        sure = torch.rand(n, generator=draw, dtype=torch.float64)
+        predictions = torch.randint(people, (n,), generator=draw)
+        features = torch.randn(n, 3, generator=draw, dtype=torch.float64).requires_grad_()
+        uniform = torch.rand(n, 6, generator=torch_generator("draws", key))
+        anchors = [
+            naive_anchor(i, features, labels, sure >= 0.5, predictions, uniform[i], 0.3)
+            for i in range(n)
+            if sure[i] >= 0.5
+        ]
+        cases |= {case for case, _ in anchors}
+        slow = torch.stack([loss for _, loss in anchors]).mean()
+        fast = adaptive_quadruplet(
+            features, labels, sure, predictions, torch_generator("draws", key)
+        )
+        torch.testing.assert_close(fast, slow)
+        gradients = [torch.autograd.grad(loss, features)[0] for loss in (fast, slow)]
+        torch.testing.assert_close(*gradients)
+    assert cases == {"both true", "positive false", "negative false", "both false"}

@@ -1,4 +1,4 @@
-"""Loaders and verification on trees written here: counts, draws, faults."""
+"""Readers and verification on trees written here: counts, draws, faults."""
 
 import random
 import shutil
@@ -8,27 +8,42 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from scipy.io import savemat
 
 from afen import datasets
-from afen.datasets import JOINT_COLUMNS, PUBLISHED, SOURCES, load, summary, verify
+from afen.batches import pack
+from afen.datasets import (
+    IMAGE_SUFFIXES,
+    JOINT_COLUMNS,
+    PUBLISHED,
+    SOURCES,
+    list_folder,
+    list_tree,
+    load,
+    summary,
+    unanswerable,
+    verify,
+)
+from afen.evaluation import evaluate
+from afen.people import is_rendered, write_tree
 
 VISIBLE, INFRARED = (1, 2, 4, 5), (3, 6)
 SETTINGS = ("all-single", "all-multi", "indoor-single", "indoor-multi")
 DIRECTIONS = ("visible-to-infrared", "infrared-to-visible")
 
 
-# Trees: no loader opens an image, so one byte is image enough.
+# Trees: no reader opens an image, so a file with its own path in it is image enough.
 
 
 def write(root: Path, path: str) -> str:
-    """Write a one-byte file and return its path."""
+    """Write a file that holds its path, and return the path."""
     file = root / path
     try:
-        file.write_bytes(b"x")
+        file.write_bytes(path.encode())
     except FileNotFoundError:
         file.parent.mkdir(parents=True)
-        file.write_bytes(b"x")
+        file.write_bytes(path.encode())
     return path
 
 
@@ -313,7 +328,7 @@ def test_official_gallery_equals_a_naive_draw(sysu):
 def test_galleries_are_the_same_in_every_call_and_leave_the_global_stream(sysu):
     random.seed(5)
     state = random.getstate()
-    first, second = load("sysu", sysu, seed=0), load("sysu", sysu, seed=1)
+    first, second = load("sysu", sysu, seed=0), load("sysu", sysu, noise=0.5, seed=1)
     assert random.getstate() == state
     for one, other in zip(first.trials, second.trials, strict=True):
         assert np.array_equal(one.gallery, other.gallery)
@@ -463,8 +478,8 @@ def test_llcm_trials(llcm):
 # A folder of one's own
 
 
-def test_folder_split_is_a_function_of_the_seed(folder):
-    splits = [load("folder", folder, seed=seed) for seed in (0, 0, *range(1, 9))]
+def test_folder_halves_are_a_function_of_the_trial(folder):
+    splits = [load("folder", folder, trial=trial) for trial in (1, *range(1, 10))]
     pd.testing.assert_frame_equal(splits[0].train, splits[1].train)
     assert len({frozenset(split.train.identity) for split in splits}) > 1
     for split in splits:
@@ -484,8 +499,10 @@ def test_folder_cameras_and_names(folder):
 
 def test_folder_leaves_out_people_of_one_modality(folder):
     shutil.rmtree(folder / "infrared/bo")
-    with pytest.warns(UserWarning, match="1 of 5 identities"):
+    with pytest.warns(UserWarning, match=r"one modality only: 1 \(bo\)"):
         split = load("folder", folder)
+    assert split.left_out == ("visible/bo/cam3/1.JPG",)
+    assert summary(split).loc["left out", "images"] == 1
     assert {*split.train.identity, *split.test.identity} == {0, 2, 3, 4}
 
 
@@ -495,7 +512,7 @@ def test_folder_faults(folder):
         load("folder", folder)
     shutil.rmtree(folder / "visible")
     (folder / "visible/ann").mkdir(parents=True)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match="at least 2.*Not read: 5 images"):
         load("folder", folder)
 
 
@@ -645,8 +662,9 @@ def test_verify_a_complete_regdb(roomy):
     report = verify("regdb", root).set_index("what")
     assert set(report.index[~report.ok]) == {
         "images", "images, infrared", "listed images that are missing",
-        "unreadable index files",
+        "unreadable index files", "splits that cannot be loaded",
     }
+    assert report.found["splits that cannot be loaded"] == 10
     assert report.found["listed images that are missing"] == 4
     first = ", ".join(f.relative_to(root).as_posix() for f in lost[:3])
     assert report.note["listed images that are missing"] == first
@@ -672,7 +690,7 @@ def test_verify_a_complete_sysu(roomy):
 
 
 def test_verify_a_complete_llcm(roomy):
-    for short, n_train, n_test in (("vis", 16946, 8680), ("nir", 13975, 7166)):
+    for short, n_train, n_test, camera in (("vis", 16946, 8680, 5), ("nir", 13975, 7166, 6)):
         lines = [
             f"{write(roomy, f'{short}/{p:04d}/{p:04d}_c01_{i}.jpg')} {p - 1}"
             for p, n in spread(n_train, range(1, 714)).items() for i in range(n)
@@ -680,7 +698,7 @@ def test_verify_a_complete_llcm(roomy):
         write_lines(roomy / f"idx/train_{short}.txt", lines)
         for person, n in spread(n_test, range(714, 1065)).items():
             for image in range(n):
-                write(roomy, f"test_{short}/cam5/{person:04d}/{image}.jpg")
+                write(roomy, f"test_{short}/cam{camera}/{person:04d}/{image}.jpg")
     ids = ",".join(map(str, range(714, 1065)))
     write_lines(roomy / "idx/test_id.txt", [ids])
     report = verify("llcm", roomy)
@@ -730,9 +748,361 @@ def test_verify_a_folder(folder):
     assert report.note["empty image files"] == "visible/bo/cam3/1.JPG"
     (folder / "visible/bo/left").mkdir()
     report = verify("folder", folder).set_index("what")
-    assert "bo/left has no" in report.note["camera folders without a number"]
+    assert report.ok["splits that cannot be loaded"]  # the folder is empty
+    assert report.note["folders without images"] == "visible/bo/left"
+    write(folder, "visible/bo/left/1.png")
+    report = verify("folder", folder).set_index("what")
+    assert "bo/left has no" in report.note["splits that cannot be loaded"]
 
 
 def test_every_expected_number_has_a_source():
     assert PUBLISHED.source.str.len().gt(0).all()
     assert not PUBLISHED.duplicated(["layout", "what"]).any()
+
+
+def test_the_report_is_printed_whole_with_a_verdict(regdb, folder):
+    text = repr(verify("folder", folder))
+    assert text.endswith("\ncomplete") and "..." not in text
+    report = verify("regdb", regdb)
+    assert len(repr(report).splitlines()) == len(report) + 2
+    assert repr(report).splitlines()[-1].startswith("not complete: 7 of")
+    assert "not complete" in report._repr_html_()
+    assert type(report[~report.ok]) is pd.DataFrame
+    shutil.rmtree(folder)
+    for name in ("<script>", "b"):
+        for modality in ("visible", "infrared"):
+            write(folder, f"{modality}/{name}/1.png")
+    (folder / "visible/<script>/1.png").write_bytes(b"")
+    assert "<script>" not in verify("folder", folder)._repr_html_()
+
+
+# A folder of one's own: every file is read, or counted
+
+
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
+def test_what_pillow_reads_is_read(folder, suffix):
+    Image.init()
+    assert Image.registered_extensions().get(suffix) in Image.OPEN
+    for file in list(folder.glob("infrared/*/**/*.JPG")):
+        file.rename(file.with_suffix(suffix))
+    split = load("folder", folder)
+    assert len(split.train) + len(split.test) == 10 and not split.left_out
+
+
+def test_images_too_high_or_too_deep_are_counted(folder):
+    lost = [write(folder, path) for path in (
+        "a.png", "more/b.png", "visible/c.png", "visible/bo/cam3/deep/d.png",
+    )]
+    write(folder, "visible/bo/e.heic")
+    with pytest.warns(UserWarning, match="images that are not read: 4"):
+        split = load("folder", folder)
+    assert split.left_out == tuple(sorted(lost))
+    assert summary(split).loc["left out", "images"] == 4
+    report = verify("folder", folder).set_index("what")
+    assert report.found["images that are not read"] == 4
+    assert report.note["other files"] == "visible/bo/e.heic"
+    assert not report.ok["images that are not read"]
+
+
+def test_a_folder_with_no_image_in_place_says_what_it_holds(tmp_path):
+    root = tmp_path / "flat"
+    for modality in ("visible", "infrared"):
+        for image in range(6):
+            write(root, f"{modality}/{image}.png")
+    write(root, "visible/film.mp4")
+    sentence = "visible/<identity>/.*Not read: 12 images and 1 other files, the first is"
+    with pytest.raises(ValueError, match=sentence):
+        load("folder", root)
+    crops = list_folder(root)
+    assert len(crops) == 12 and set(crops.identity) == {""}
+    assert crops.modality.value_counts().to_dict() == {"visible": 6, "infrared": 6}
+
+
+@pytest.mark.parametrize("cameras", [("cam1", "cam2"), ("1", "2"), ("Camera 1", "Camera 2")])
+def test_cameras_above_people_are_refused(tmp_path, cameras):
+    people = [f"{person:04d}" for person in range(1, 8)]
+    for modality in ("visible", "infrared"):
+        for camera in cameras:
+            for person in people:
+                write(tmp_path, f"mine/{modality}/{camera}/{person}/1.png")
+                write(tmp_path, f"right/{modality}/{person}/{camera}/1.png")
+    with pytest.raises(ValueError, match=f"visible/{cameras[0]} looks like a camera"):
+        load("folder", tmp_path / "mine")
+    report = verify("folder", tmp_path / "mine").set_index("what")
+    assert "looks like a camera" in report.note["splits that cannot be loaded"]
+    split = load("folder", tmp_path / "right")
+    assert {*split.train.identity, *split.test.identity} == set(range(1, 8))
+
+
+def test_few_people_and_many_cameras_are_told_by_their_names(tmp_path):
+    for modality in ("visible", "infrared"):
+        for person in ("ann", "bo"):
+            for camera in range(1, 7):
+                write(tmp_path, f"{modality}/{person}/cam{camera}/1.png")
+    assert load("folder", tmp_path).test.camera.nunique() == 6
+
+
+def test_a_folder_that_is_divided_already(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "mine/train")
+    shutil.copytree(folder, tmp_path / "mine/test")
+    with pytest.raises(ValueError, match="is in training and in test"):
+        load("folder", tmp_path / "mine")
+    for place in list((tmp_path / "mine/test").glob("*/*")):
+        place.rename(place.with_name(f"other {place.name}"))
+    split = load("folder", tmp_path / "mine")
+    assert split.train.path.str.startswith("train/").all() and len(split.train) == 10
+    assert split.test.path.str.startswith("test/").all() and len(split.test) == 10
+    assert verify("folder", tmp_path / "mine").found.iloc[-3:].sum() == 0
+    with pytest.raises(ValueError, match="divided already"):
+        load("folder", tmp_path / "mine", trial=2)
+    shutil.rmtree(tmp_path / "mine/test/infrared")
+    with pytest.raises(FileNotFoundError, match="folder test/infrared/"):
+        load("folder", tmp_path / "mine")
+
+
+# Paths in lists
+
+
+SPELLINGS = {
+    "leading slash": lambda line, root: f"/{line}",
+    "dots": lambda line, root: f"./{line}",
+    "absolute": lambda line, root: f"{root}/{line}",
+    "of another machine": lambda line, root: f"D:\\sets\\RegDB\\{line}",
+    "backslashes": lambda line, root: line.replace("/", "\\"),
+    "prefix": lambda line, root: f"RegDB/{line}",
+    "doubled": lambda line, root: line.replace("/", "//"),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_paths_as_others_write_them(tmp_path, spelling):
+    root = write_tree("regdb", tmp_path / "regdb", n_train=2, n_test=2, n_images=1, size=(16, 8))
+    expected = load("regdb", root)
+    for file in root.glob("idx/*.txt"):
+        lines = file.read_text().splitlines()
+        write_lines(file, [SPELLINGS[spelling](line, root) for line in lines])
+    assert verify("pocket-regdb", root).verdict == "complete"
+    split = load("regdb", root)
+    pd.testing.assert_frame_equal(split.train, expected.train)
+    assert len(pack(root, split.train.path, (16, 8), cache=tmp_path)) == len(split.train)
+
+
+def spoil(root, name, change):
+    """Change the first line of an index file."""
+    lines = (root / name).read_text().splitlines()
+    write_lines(root / name, [change(lines[0]), *lines[1:]])
+
+
+def copy_first(root, name, spelling):
+    """Repeat the first line of an index file in another spelling."""
+    line = (root / name).read_text().splitlines()[0]
+    _append(root / name, line.replace("/", spelling, 1) + "\n")
+
+
+def same_lists(root):
+    """The infrared test images are the visible ones."""
+    shutil.copy(root / "idx/test_visible_1.txt", root / "idx/test_thermal_1.txt")
+
+
+REGDB_SILENT = {
+    "two spellings": (lambda r: copy_first(r, "idx/train_visible_1.txt", "/./"), "twice",
+                      "images listed twice"),
+    "two slashes": (lambda r: copy_first(r, "idx/test_visible_1.txt", "//"), "twice",
+                    "images listed twice"),
+    "both modalities": (same_lists, "as visible and as infrared",
+                        "images of the wrong modality"),
+    "the wrong folder": (
+        lambda r: spoil(r, "idx/test_thermal_1.txt", lambda x: x.replace("Thermal", "Visible")
+                        .replace("_0.bmp", "_1.bmp")),
+        "as infrared", "images of the wrong modality"),
+    "outside": (lambda r: spoil(r, "idx/test_visible_1.txt", lambda x: f"../regdb/{x}"),
+                r"has \.\. in it", "unreadable index files"),
+    "an identity in one list": (
+        lambda r: _append(r / "idx/train_visible_1.txt", write(r, "Visible/77/a.bmp") + " 3\n"),
+        "no infrared training image", "identities of one modality only"),
+    "thirty digits": (
+        lambda r: _append(r / "idx/train_visible_1.txt", write(r, f"Visible/{'7' * 30}/a.bmp") + " 3\n"),
+        "not an identity number", "unreadable index files"),
+    "a label of thirty digits": (
+        lambda r: _append(r / "idx/train_visible_1.txt", write(r, "Visible/7/b.bmp") + f" {'3' * 30}\n"),
+        "not a path and a label", "unreadable index files"),
+    "queries without a match": (
+        lambda r: _append(r / "idx/test_visible_1.txt", write(r, "Visible/77/a.bmp") + " 3\n"),
+        None, "queries without a match"),
+}
+
+
+@pytest.mark.parametrize("fault", REGDB_SILENT)
+def test_faults_that_were_silent(regdb, fault):
+    """`load` refuses or says it, and `verify` counts it."""
+    damage, sentence, row = REGDB_SILENT[fault]
+    damage(regdb)
+    report = verify("regdb", regdb).set_index("what")
+    assert not report.ok[row]
+    if sentence:
+        with pytest.raises(ValueError, match=sentence):
+            load("regdb", regdb)
+        assert not report.ok["splits that cannot be loaded"]
+    else:
+        assert any(row in said for said in load("regdb", regdb).departures)
+
+
+def test_llcm_image_in_both_lists(llcm):
+    line = (llcm / "idx/train_vis.txt").read_text().splitlines()[0]
+    _append(llcm / "idx/train_nir.txt", line + "\n")
+    with pytest.raises(ValueError, match="as visible and as infrared"):
+        load("llcm", llcm)
+    assert not verify("llcm", llcm).set_index("what").ok["images of the wrong modality"]
+
+
+def test_equal_images_are_reported(regdb, sysu, folder):
+    (regdb / "Visible/2/f_2_0.bmp").write_bytes((regdb / "Visible/1/f_1_0.bmp").read_bytes())
+    report = verify("regdb", regdb).set_index("what")
+    pair = "Visible/1/f_1_0.bmp = Visible/2/f_2_0.bmp"
+    assert report.note["equal images of two people"] == pair
+    assert report.ok["equal images of both modalities"]
+    (folder / "infrared/bo/cam3/1.JPG").write_bytes((folder / "visible/bo/cam3/1.JPG").read_bytes())
+    report = verify("folder", folder).set_index("what")
+    assert report.found["equal images of both modalities"] == 1
+    assert report.ok["equal images of two people"]
+    (sysu / "cam1/0001/0001.jpg").write_bytes((sysu / "cam2/0014/0001.jpg").read_bytes())
+    report = verify("sysu", sysu).set_index("what")
+    assert report.found["equal images in training and test"] == 1
+
+
+# SYSU-MM01 of others
+
+
+def test_sysu_folders_without_padding(sysu):
+    expected = load("sysu", sysu, gallery="official")
+    for place in list(sysu.glob("cam*/*")):
+        place.rename(place.with_name(str(int(place.name))))
+    split = load("sysu", sysu, gallery="official")
+    pairs = zip(split.trials, expected.trials, strict=True)
+    assert all(np.array_equal(one.gallery, other.gallery) for one, other in pairs)
+    assert verify("sysu", sysu).set_index("what").ok["listed identities without images"]
+
+
+BAD_DRAWS = {
+    "three cameras": lambda draws: draws[:3],
+    "NaN": lambda draws: _with_cell(draws, np.full((10, 4), np.nan)),
+    "half numbers": lambda draws: _with_cell(draws, np.full((10, 4), 1.5)),
+    "three rows": lambda draws: _with_cell(draws, np.ones((3, 4))),
+    "text": lambda draws: _with_cell(draws, np.array([["a", "b"]] * 10)),
+}
+
+
+def _with_cell(draws, cell):
+    """The draws with another first cell."""
+    draws[0, 0][0, 0] = cell
+    return draws
+
+
+@pytest.mark.parametrize("fault", BAD_DRAWS)
+def test_gallery_files_that_cannot_be_used(sysu, fault):
+    from scipy.io import loadmat
+
+    file = sysu / "exp/rand_perm_cam.mat"
+    draws = loadmat(file)["rand_perm_cam"]
+    savemat(file, {"rand_perm_cam": BAD_DRAWS[fault](draws)})
+    with pytest.raises(ValueError, match="does not fit SYSU-MM01"):
+        load("sysu", sysu, gallery="official")
+    report = verify("sysu", sysu).set_index("what")
+    assert "does not fit" in report.note["cells unlike rand_perm_cam.mat"]
+    assert report.found["splits that cannot be loaded"] == 1
+
+
+def test_numbers_of_thirty_digits(sysu, folder):
+    write_lines(sysu / "exp/test_id.txt", ["9" * 30])
+    with pytest.raises(ValueError, match="whole numbers"):
+        load("sysu", sysu)
+    assert not verify("sysu", sysu).set_index("what").ok["splits that cannot be loaded"]
+    for modality in ("visible", "infrared"):
+        (folder / modality / "bo").rename(folder / modality / ("9" * 30))
+    assert verify("folder", folder).verdict == "complete"
+    split = load("folder", folder)
+    assert max(*split.train.identity, *split.test.identity) == 4
+    write(folder, f"visible/ann/cam{'1' * 30}/1.png")
+    assert not verify("folder", folder).set_index("what").ok["splits that cannot be loaded"]
+
+
+# Queries that nobody can answer
+
+
+def dropped_by_evaluation(split, trial):
+    """The same count, from `evaluate` on any distances."""
+    ids, cams = (split.test[c].to_numpy() for c in ("identity", "camera"))
+    q, g = trial.query, trial.gallery
+    scores = evaluate(np.zeros((len(q), len(g))), ids[q], ids[g], cams[q], cams[g], split.protocol)
+    return scores.n_dropped
+
+
+@pytest.mark.parametrize("name", ["regdb", "sysu", "llcm", "folder"])
+def test_unanswerable_queries_are_those_that_the_evaluation_drops(request, name):
+    root = request.getfixturevalue(name)
+    if name == "llcm":  # person 12 is left with infrared camera 1 only
+        shutil.rmtree(root / "test_nir/cam9/0012")
+    split = load(name, root)
+    counted = [unanswerable(t, split.test, split.protocol) for t in split.trials]
+    assert counted == [dropped_by_evaluation(split, t) for t in split.trials]
+    assert (max(counted) > 0) == (name in ("sysu", "llcm"))
+    table = summary(split)
+    for trial, n in zip(split.trials, counted):
+        assert table.loc[trial.setting, "unanswerable"] >= n
+
+
+def test_wrong_labels_are_made_when_asked_for(regdb):
+    plain, noisy = load("regdb", regdb), load("regdb", regdb, noise=0.3, seed=2)
+    assert noisy.train.identity.equals(plain.train.identity)
+    assert (noisy.train.label != plain.train.label).sum() == 6
+    assert noisy.train.equals(datasets.with_noise(plain, 0.3, 2).train)
+    with pytest.raises(ValueError, match="two identities or more"):
+        load("regdb", regdb, noise=1.5)
+
+
+def test_a_setting_without_an_answer_is_refused(llcm):
+    for place in list(llcm.glob("test_*/cam[39]")):
+        shutil.rmtree(place)
+    with pytest.raises(ValueError, match="has a match that it may see"):
+        load("llcm", llcm)
+
+
+# Listing, and what says that a tree was rendered
+
+
+def test_links_are_followed_but_not_in_circles(folder, tmp_path):
+    shutil.move(folder / "visible/bo", tmp_path / "elsewhere")
+    (folder / "visible/bo").symlink_to(tmp_path / "elsewhere")
+    (folder / "visible/bo/again").symlink_to(folder / "visible")
+    (folder / "visible/cy/broken.png").symlink_to(tmp_path / "nowhere")
+    listing = list_tree(folder)
+    assert listing.has("visible/bo/cam3/1.JPG") and not listing.has("visible/cy/broken.png")
+    assert len(listing.sizes) == 11
+
+
+def test_a_folder_that_may_not_be_opened(folder, monkeypatch):
+    scandir = datasets.os.scandir
+
+    def refuse(place):
+        if str(place).endswith("visible/bo"):
+            raise PermissionError(place)
+        return scandir(place)
+
+    monkeypatch.setattr(datasets.os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="visible/bo may not be opened"):
+        load("folder", folder)
+    report = verify("folder", folder).set_index("what")
+    assert report.note["folders that may not be opened"] == "visible/bo"
+
+
+def test_joints_do_not_make_a_set_rendered(tmp_path):
+    root = write_tree("regdb", tmp_path / "tree", n_train=2, n_test=2, n_images=1, size=(16, 8))
+    split = load("regdb", root)
+    assert split.rendered and is_rendered(root) and not split.departures
+    mark = root / "rendered.json"
+    for content in ("", "[]", "{}", mark.read_text().replace('"seed": 0', '"seed": 1')):
+        mark.write_text(content)
+        split = load("regdb", root)
+        assert "x0" in split.train and not split.rendered and split.departures
+    mark.unlink()
+    assert not load("regdb", root).rendered

@@ -7,8 +7,11 @@ import tomllib
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
+from test_modules import EVERY_OPTION
 
+from afen.records import run_id
 from afen.tables import published
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,7 +143,7 @@ def decisions():
 
 def test_the_decisions_page_is_what_log_code_and_records_give(decisions):
     pages, _ = decisions
-    assert len(pages) == 6
+    assert len(pages) == 7  # the count, and six letters
     now, kept = "\n".join(pages), "\n".join(committed("decisions"))
     assert now == kept, "run: python tests/run_notebooks.py decisions"
 
@@ -173,6 +176,68 @@ def test_every_decision_is_on_the_page_with_all_its_alternatives(decisions):
         assert f"[{entry['id']}](" in page
         for other in entry.get("other", []):
             assert other.get("set", other.get("python", "")[5:]) in page
+
+
+def alternatives():
+    return [(e, o) for e in entries("decisions") for o in e.get("other", [])]
+
+
+def test_every_alternative_is_run_or_tested_or_said_to_be_neither(decisions):
+    names = decisions[1]
+    page = "\n".join(decisions[0][1:])
+    for entry, other in alternatives():
+        mark = names["mark"](entry, other)
+        assert mark in ("in the grid", "shown by a test", "not measured")
+        how = other.get("set") or other["python"].removeprefix("afen.")
+        line = f"| {entry['id']} | {names['text'](other['what'])} | `{how}` | {mark}"
+        assert line in page
+        results = [names["outcome"](entry, other, d) for d in names["SETTINGS"]]
+        assert (mark == "in the grid") == (results != ["-", "-"]), entry["id"]
+
+
+def test_a_named_test_is_there_and_is_about_the_alternative(decisions):
+    typed = decisions[1]["typed_parameters"]
+    named = [(entry, other) for entry, other in alternatives() if "test" in other]
+    assert named
+    for entry, other in named:
+        path, _, name = other["test"].partition("::")
+        body = ast.parse((ROOT / path).read_text()).body
+        (test,) = [n for n in body if isinstance(n, ast.FunctionDef) and n.name == name]
+        words = ast.unparse(test)
+        if "EVERY_OPTION" not in words:  # it names the argument, or the value
+            text = other.get("set") or other["python"].partition("(")[2]
+            assert set(re.findall(r"\w{3,}", text)) & set(re.findall(r"\w+", words)), entry
+            continue
+        ((switches, chosen),) = typed(other["set"])["options"].items()
+        ((switch, option),) = chosen.items()
+        assert (switches.removesuffix("_switches"), switch, option) in EVERY_OPTION
+
+
+def test_an_effect_is_paired_by_seed(decisions):
+    """Invented records: three seeds of our choice, three of another, the last failed."""
+    names = decisions[1]
+
+    def invented(line, seed, value):
+        mean = {"mean": {"mAP": value}}
+        scores = dict.fromkeys(names["SETTINGS"]["pocket-regdb"], mean)
+        name = run_id(names["plan_of"](line, seed=seed).parameters)
+        return {name: {"scores": {} if value is None else scores}}
+
+    made, other = {}, "-p mecs none"
+    for seed, ours, theirs in [(0, 0.5, 0.6), (1, 0.5, 0.4), (2, 0.5, None)]:
+        made |= invented("", seed, ours) | invented(other, seed, theirs)
+    gain = names["differences"](made, "", other, "pocket-regdb")
+    np.testing.assert_allclose(gain, [10, -10])
+    assert not len(names["differences"]({}, "", other, "pocket-regdb"))
+
+
+def test_a_line_is_read_as_papermill_reads_it(decisions):
+    typed = decisions[1]["typed_parameters"]
+    line = "-p stable False -y 'options: {mecs_switches: {strips: [7, 11]}}'"
+    assert typed(line) == {
+        "stable": False, "options": {"mecs_switches": {"strips": [7, 11]}},
+    }  # fmt: skip
+    assert typed("") == {}
 
 
 def test_every_row_has_a_decision():

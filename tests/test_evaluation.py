@@ -205,13 +205,62 @@ def test_one_clear_sentence(words, arguments):
     assert words in message and "\n" not in message
 
 
+TWO = {"query_cams": [3, 6], "gallery_cams": [1, 2], "protocol": "sysu"}
+OUTSIDE = [
+    ("query cameras are not whole numbers (the first is 'cam3')", {"query_cams": ["cam3", "cam6"]}),
+    ("query cameras are not whole numbers (the first is '3')", {"query_cams": ["3", "6"]}),
+    ("query cameras are not whole numbers", {"query_cams": [b"3", b"6"]}),
+    ("gallery cameras are not whole numbers", {"gallery_cams": [True, True]}),
+    ("gallery cameras are not whole numbers", {"gallery_cams": [1, None]}),
+    ("gallery cameras are not whole numbers", {"gallery_cams": [1, np.nan]}),
+    ("gallery cameras are not whole numbers", {"gallery_cams": [1, 2.5]}),
+    ("There is no query camera 0", {"query_cams": [2, 0]}),
+    ("There is no gallery camera 7", {"gallery_cams": [1, 7]}),
+    ("There is no query camera 10", {"query_cams": [1, 10], "protocol": "llcm"}),
+    ("query identities are not whole numbers", {"query_ids": [1, np.nan]}),
+    ("query identities are not whole numbers", {"query_ids": [1, None]}),
+    ("gallery identities are not whole numbers", {"gallery_ids": [1.5, 2]}),
+    ("gallery identities are not whole numbers", {"gallery_ids": [1j, 2]}),
+    ("One side has text", {"gallery_ids": ["1", "2"]}),
+    ("Distances are <U", {"distances": [["0", "1"], ["1", "0"]]}),
+    ("Distances are complex128", {"distances": SQUARE * 1j}),
+    ("Distances are bool", {"distances": SQUARE > 0}),
+    ("Distances are object", {"distances": SQUARE.astype(object)}),
+    ("loses its mask", {"distances": np.ma.masked_equal(SQUARE, 0)}),
+    ("loses its mask", {"gallery_ids": np.ma.masked_equal([1, 2], 2)}),
+]
+
+
+@pytest.mark.parametrize(("words", "change"), OUTSIDE)
+def test_what_comes_from_outside_is_checked(words, change):
+    usual = {"distances": SQUARE, "query_ids": IDS, "gallery_ids": IDS} | TWO
+    evaluate(**usual)
+    with pytest.raises(ValueError) as caught:
+        evaluate(**usual | change)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, np.float64, torch.tensor, pd.Series, "object"])
+def test_cameras_of_every_kind_of_number_hide(kind):
+    """One stranger on camera 2 is nearer than the match."""
+    make = (lambda v: np.array(v, object)) if kind == "object" else kind
+    cams = [make([3]), make([2, 1])]
+    assert evaluate([[0, 1]], [7], [8, 7], *cams, protocol="sysu").mAP == 1
+
+
+@pytest.mark.parametrize("make", [list, np.array, lambda v: np.array(v, object), np.bytes_])
+def test_identities_may_be_text(make):
+    scores = evaluate([[0, 1], [0, 1]], make(["a", "b"]), ["a", "b"])
+    assert scores.mAP == 0.75 and scores.n_dropped == 0
+
+
 def test_a_list_without_a_match_has_no_precision():
     for measure in (average_precision, inverse_penalty):
         with pytest.raises(ValueError, match="no match"):
             measure([False, False])
 
 
-def test_sees_is_total():
+def test_may_see_is_total():
     assert all(may_see_naive(1, 1, 1, 1, p) for p in ("regdb", "sysu"))
     assert not may_see_naive(1, 1, 1, 1, "llcm")
 
@@ -351,3 +400,23 @@ def test_trials_want_every_test_image_once(split):
     features = unit_rows(np.ones((len(split.test) - 1, 4)))
     with pytest.raises(ValueError, match="95 features for 96 test images"):
         evaluate_trials(features, split)
+
+
+@pytest.mark.parametrize("change", [
+    lambda t: {"query": t.query - 1},
+    lambda t: {"gallery": t.gallery + 90},
+    lambda t: {"query": t.query.astype(float)},
+    lambda t: {"query": t.query > 3},
+])  # fmt: skip
+def test_rows_outside_the_table_are_refused(split, change):
+    trial = split.trials[0]
+    trial.query = np.concatenate([[0], trial.query[1:]])
+    vars(trial).update(change(trial))
+    with pytest.raises(ValueError, match="rows that are not in the test table"):
+        evaluate_trials(unit_rows(np.ones((96, 4))), split)
+
+
+def test_an_image_on_both_sides_is_refused(split):
+    split.trials[1].gallery = np.append(split.trials[1].gallery, split.trials[1].query[0])
+    with pytest.raises(ValueError, match="as query and in the gallery"):
+        evaluate_trials(unit_rows(np.ones((96, 4))), split)

@@ -16,7 +16,7 @@ from afen.joints import (
     find_joints,
     kept_joints,
     load_detector,
-    surest,
+    surest_joints,
     with_joints,
 )
 from afen.people import write_tree
@@ -54,16 +54,16 @@ def constant(images):
 
 
 def test_the_surest_person_is_kept_and_its_unsure_joints_are_hidden():
-    found = {
+    people = {
         "scores": torch.tensor([0.4, 0.8, 0.6]),
         "keypoints": torch.rand(3, 17, 3),
         "keypoints_scores": torch.full((3, 17), 5.0),
     }
-    found["keypoints_scores"][1, ::2] = 1.0
-    joints = surest(found)
-    assert torch.equal(joints[:, :2], found["keypoints"][1, :, :2])
+    people["keypoints_scores"][1, ::2] = 1.0
+    joints = surest_joints(people)
+    assert torch.equal(joints[:, :2], people["keypoints"][1, :, :2])
     assert joints[:, 2].tolist() == [0, 1] * 8 + [0]
-    nobody = surest({name: value[:0] for name, value in found.items()})
+    nobody = surest_joints({name: value[:0] for name, value in people.items()})
     assert nobody.shape == (17, 3) and not nobody.any()
 
 
@@ -185,10 +185,13 @@ def test_opening_data_asks_for_joints_only_where_a_method_needs_them(tree, tmp_p
     given = {"dataset": "regdb", "root": str(tree), "preset": "pocket"}
     spot = make_plan(DEFAULTS | given | {"method": "spot"})
     assert open_data(spot).rendered  # its own joints: no detector
-    (tree / "joints.csv").rename(tmp_path / "joints.csv")
+    kept = ("joints.csv", "rendered.json")
+    for name in kept:
+        (tree / name).rename(tmp_path / name)
     try:
         assert not open_data(make_plan(DEFAULTS | given | {"method": "agw"})).rendered
         with pytest.raises(FileNotFoundError, match="Keypoint R-CNN"):
             open_data(spot)
     finally:
-        (tmp_path / "joints.csv").rename(tree / "joints.csv")
+        for name in kept:
+            (tmp_path / name).rename(tree / name)

@@ -1,6 +1,8 @@
 """The contract of MECS and FEM: what any network may rely on when it inserts one."""
 
+import math
 import re
+from itertools import product
 
 import pytest
 import torch
@@ -8,19 +10,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from afen import fem, mecs
+from afen.backbone import count_multiply_adds, count_parameters
+from afen.blocks import silent_parameters
 from afen.core import seed_everything, torch_generator
-from afen.mecs import silent_parameters
 
 ROOMS = {"mecs": mecs, "fem": fem}
-CASES = [(room, preset) for room in ROOMS for preset in ROOMS[room].READINGS]
+CASES = [(room, reading) for room in ROOMS for reading in ROOMS[room].READINGS]
 SIZES = [(36, 18), (18, 9), (6, 3), (1, 1)]
 CHANNELS = 16
 
 
-def build(room: str, preset: str, seed: int = 0, **changes) -> nn.Module:
-    """A module of a preset with weights drawn from `seed`."""
+def build(room: str, reading: str, seed: int = 0, **changes) -> nn.Module:
+    """A module of a reading with weights drawn from `seed`."""
     seed_everything(seed)
-    return ROOMS[room].from_reading(preset, CHANNELS, **changes)
+    return ROOMS[room].from_reading(reading, CHANNELS, **changes)
 
 
 def feature_map(height: int = 18, width: int = 9) -> torch.Tensor:
@@ -37,10 +40,10 @@ def open_gate(module: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("room, preset", CASES)
-def test_keeps_shape_and_stays_finite(room, preset, size):
+@pytest.mark.parametrize("room, reading", CASES)
+def test_keeps_shape_and_stays_finite(room, reading, size):
     x = feature_map(*size)
-    y = open_gate(build(room, preset))(x)
+    y = open_gate(build(room, reading))(x)
     assert y.shape == x.shape and y.isfinite().all()
 
 
@@ -53,18 +56,18 @@ def test_default_is_the_identity_before_training(room, size):
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_defaults_are_the_paper_preset(room):
+def test_defaults_are_the_paper_reading(room):
     seed_everything(0)
     default = open_gate(getattr(ROOMS[room], room.upper())(CHANNELS))
     x = feature_map()
     assert torch.equal(default(x), open_gate(build(room, "paper"))(x))
 
 
-@pytest.mark.parametrize("room, preset", CASES)
-def test_every_parameter_learns(room, preset):
-    module, x = build(room, preset), feature_map()
+@pytest.mark.parametrize("room, reading", CASES)
+def test_every_parameter_learns(room, reading):
+    module, x = build(room, reading), feature_map()
     silent = silent_parameters(module, x)
-    if preset == "paper":  # behind the closed gate nothing but the gate learns
+    if reading == "paper":  # behind the closed gate nothing but the gate learns
         names = {name for name, _ in module.named_parameters()}
         assert set(silent) == names - {"join.gain"}
         torch.optim.SGD(module.parameters(), lr=1e-3).step()
@@ -72,9 +75,9 @@ def test_every_parameter_learns(room, preset):
     assert silent == []
 
 
-@pytest.mark.parametrize("room, preset", CASES)
-def test_bfloat16_autocast_is_finite_and_close(room, preset):
-    module, x = open_gate(build(room, preset)), feature_map()
+@pytest.mark.parametrize("room, reading", CASES)
+def test_bfloat16_autocast_is_finite_and_close(room, reading):
+    module, x = open_gate(build(room, reading)), feature_map()
     with torch.autocast("cpu", torch.bfloat16):
         half = module(x)
         half.float().square().mean().backward()
@@ -85,19 +88,19 @@ def test_bfloat16_autocast_is_finite_and_close(room, preset):
     assert error < 0.05, f"bfloat16 is off by {error:.3f}"
 
 
-@pytest.mark.parametrize("room, preset", CASES)
-def test_state_dict_round_trip(room, preset, tmp_path):
-    module, x = open_gate(build(room, preset)), feature_map()
+@pytest.mark.parametrize("room, reading", CASES)
+def test_state_dict_round_trip(room, reading, tmp_path):
+    module, x = open_gate(build(room, reading)), feature_map()
     save_file(module.state_dict(), tmp_path / "weights.safetensors")
-    other = build(room, preset, seed=1)
+    other = build(room, reading, seed=1)
     assert not torch.equal(other(x), module(x))
     other.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     assert torch.equal(other(x), module(x))
 
 
-@pytest.mark.parametrize("room, preset", CASES)
-def test_images_of_a_batch_do_not_mix(room, preset):
-    module, x = open_gate(build(room, preset)).eval(), feature_map()
+@pytest.mark.parametrize("room, reading", CASES)
+def test_images_of_a_batch_do_not_mix(room, reading):
+    module, x = open_gate(build(room, reading)).eval(), feature_map()
     assert torch.allclose(module(x)[:1], module(x[:1]), atol=1e-5)
 
 
@@ -179,3 +182,174 @@ def test_median_gradient_is_the_same_for_both_implementations_without_ties():
         mecs.median_pool(x, impl=impl).sum().backward()
         grads.append(x.grad)
     assert torch.equal(*grads)
+
+
+# The weights of a kept run bear these names.
+NAMES = {
+    "mecs": "channel.mlp.0 channel.mlp.2 spatial.scales.base spatial.scales.strips.0 "
+    "spatial.scales.strips.1 spatial.scales.strips.2 spatial.scales.strips.3 "
+    "spatial.scales.strips.4 spatial.scales.strips.5 spatial.point",
+    "fem": "norm_mix mix.embed.body.0 mix.embed.body.2 mix.compress.0 mix.compress.2 "
+    "mix.refine.smooth.down mix.refine.filters.high.1 mix.refine.filters.high.2 "
+    "mix.refine.filters.low.1 mix.refine.filters.low.2 mix.refine.project.0 mix.fuse.0 "
+    "norm_mlp mlp.widen.0 mlp.local.0 mlp.narrow",
+}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_names_of_the_weights_stay(room):
+    layers = product(NAMES[room].split(), ("weight", "bias"))
+    names = [f"{layer}.{kind}" for layer, kind in layers]
+    assert list(build(room, "paper").state_dict()) == [*names, "join.gain"]
+
+
+class Forgetful(mecs.MECS):
+    """A MECS that forgets its channel attention."""
+
+    def update(self, F: torch.Tensor) -> torch.Tensor:
+        return self.spatial(F)
+
+
+def test_silent_parameters_are_those_that_the_module_forgets():
+    expected = [f"channel.mlp.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")]
+    assert silent_parameters(Forgetful(CHANNELS, join="residual"), feature_map()) == expected
+
+
+FEM_CHANGES = [{}, {"sites": "bare"}, {"low": "smooth"}, {"branches": ("high",)}]
+
+
+@pytest.mark.parametrize("changes", FEM_CHANGES, ids=str)
+@pytest.mark.parametrize("reading", ["paper_bare", "origin"])
+def test_every_parameter_of_fem_learns_under_changes(reading, changes):
+    assert silent_parameters(build("fem", reading, **changes), feature_map()) == []
+
+
+def naive_median(x: torch.Tensor, median: str) -> torch.Tensor:
+    """`median_pool` by sorting Python lists."""
+    chosen = []
+    for row in x.flatten(2).flatten(0, 1).tolist():
+        ordered, n = sorted(row), len(row)
+        low, high = ordered[(n - 1) // 2], ordered[n // 2]
+        chosen.append(low if median == "lower" else (low + high) / 2)
+    return torch.tensor(chosen).reshape(*x.shape[:2], 1, 1)
+
+
+MEDIANS = list(product(mecs.OPTIONS["median"], mecs.OPTIONS["median_impl"]))
+
+
+@pytest.mark.parametrize("size", [(6, 4), (5, 3), (1, 1)])
+@pytest.mark.parametrize("median, impl", MEDIANS)
+def test_median_agrees_with_sorting_a_list(median, impl, size):
+    smooth = torch.randn(2, 3, *size, generator=torch_generator("median", *size))
+    for x in (smooth, smooth.round(), smooth.relu()):  # without ties and with
+        assert torch.allclose(mecs.median_pool(x, median, impl), naive_median(x, median))
+
+
+def test_one_convolution_three_times_is_three_with_the_same_weights():
+    tied, untied = build("mecs", "origin"), build("mecs", "origin", projection="untied")
+    assert not hasattr(tied, "before")
+    for other in (untied.before, untied.after):
+        other.load_state_dict(untied.spatial.point.state_dict())
+    tied.load_state_dict(untied.state_dict(), strict=False)
+    assert torch.equal(tied(feature_map()), untied(feature_map()))
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("down", fem.OPTIONS["down"])
+@pytest.mark.parametrize("up", fem.OPTIONS["up"])
+def test_smooth_returns_to_an_odd_size(up, down, kernel):
+    F = torch.rand(1, 4, 18, 9, generator=torch_generator("odd"))
+    smooth = fem.Smooth(4, down, kernel, up)
+    assert smooth.down(F).shape == (1, 4, 9, 5)
+    assert smooth(F).shape == F.shape
+
+
+@pytest.mark.parametrize("embedding", fem.OPTIONS["embedding"])
+@pytest.mark.parametrize("fuse", fem.OPTIONS["fuse"])
+@pytest.mark.parametrize("branches", [("high", "low"), ("high",), ("low",)], ids=str)
+def test_mixer_keeps_the_shape(branches, fuse, embedding):
+    mixer = fem.Mixer(CHANNELS, fuse=fuse, embedding=embedding, kernel=5, branches=branches)
+    assert mixer(feature_map()).shape == feature_map().shape
+
+
+def mecs_by_hand(
+    channels: int, height: int, width: int, kernels: int, runs: int
+) -> tuple[int, int]:
+    """Parameters and multiply-adds with `kernels` 1x1 convolutions, run `runs` times."""
+    hidden, strips = channels // 4, (7, 11, 21)
+    parameters = 2 * channels * hidden + hidden + channels  # the MLP
+    parameters += 26 * channels + sum(2 * (k + 1) * channels for k in strips)
+    parameters += kernels * (channels**2 + channels)
+    per_position = 25 * channels + sum(2 * k * channels for k in strips)
+    per_position += runs * channels**2
+    return parameters, height * width * per_position + 3 * 2 * channels * hidden
+
+
+def fem_by_hand(
+    C: int, height: int, width: int, ratio: int, scm: bool
+) -> tuple[int, int]:
+    """Parameters and multiply-adds of FEM without its gain."""
+    h, m = C // 2, ratio * C
+    parameters = 2 * 2 * C  # the outer norms
+    parameters += (10 + 2) * C + (C * h + h + 2 * h)  # CE, compression
+    parameters += 10 * h + 2 * (10 + 2) * h + (2 * h * h + h)  # FRM
+    parameters += h * C + C  # fuse
+    parameters += (C * m + m) + 10 * m + (m * C + C)  # ConvMLP
+    each = 9 * C + C * h + 2 * 9 * h + 2 * h * h + h * C + 2 * C * m + 9 * m
+    if scm:
+        parameters += 49 * h * h // 4 + h + 2 * h + h * C
+        each += 49 * h * h // 4 + h * C
+    quarter = math.ceil(height / 2) * math.ceil(width / 2)
+    return parameters, height * width * each + quarter * 9 * h
+
+
+COSTS = [
+    ("mecs", {"projection": "single"}, {"kernels": 1, "runs": 1}),
+    ("mecs", {"projection": "tied"}, {"kernels": 1, "runs": 3}),
+    ("mecs", {"projection": "untied"}, {"kernels": 3, "runs": 3}),
+    ("fem", {}, {"ratio": 4, "scm": False}),
+    ("fem", {"ratio": 2}, {"ratio": 2, "scm": False}),
+    ("fem", {"fuse": "scm"}, {"ratio": 4, "scm": True}),
+]
+STAGES = [(256, 72, 36), (512, 36, 18), (1024, 18, 9), (2048, 18, 9)]
+
+
+@pytest.mark.parametrize("channels, height, width", STAGES)
+@pytest.mark.parametrize("room, changes, terms", COSTS)
+def test_costs_are_those_counted_by_hand(room, changes, terms, channels, height, width):
+    with torch.device("meta"):  # shapes without numbers: counting needs no more
+        x = torch.empty(1, channels, height, width)
+        gated = ROOMS[room].from_reading("paper", channels, **changes)
+        module = ROOMS[room].from_reading("paper_bare", channels, **changes)
+    by_hand = {"mecs": mecs_by_hand, "fem": fem_by_hand}[room]
+    expected = by_hand(channels, height, width, **terms)
+    assert (count_parameters(module), count_multiply_adds(module, x)) == expected
+    assert count_parameters(gated) == expected[0] + 1  # the gain
+
+
+REFUSED = [
+    ("mecs", {"pools": ("average", "medain")}, "did you mean 'median'"),
+    ("mecs", {"pools": ()}, "give one or more of average, maximum, median"),
+    ("mecs", {"strips": (7, 10)}, "kernel has no middle"),
+    ("mecs", {"strips": ()}, "strips is empty"),
+    ("mecs", {"reduction": 0}, "reduction is 0"),
+    ("fem", {"branches": ("high", "middle")}, "Unknown branches 'middle'"),
+    ("fem", {"branches": ()}, "give one or more of high, low"),
+    ("fem", {"kernel": 4}, "A 4x4 kernel has no middle"),
+    ("fem", {"down": "average", "down_kernel": 2}, "A 2x2 kernel has no middle"),
+    ("fem", {"compress": 3}, "compress is 3: it must divide 16"),
+    ("fem", {"ratio": -1}, "ratio is -1"),
+    ("fem", {"fuse": "scm", "compress": 8}, "cannot split 2 channels"),
+]
+
+
+@pytest.mark.parametrize("room, changes, sentence", REFUSED)
+def test_a_wrong_switch_is_refused_in_one_sentence(room, changes, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        build(room, "paper", **changes)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_an_unknown_reading_is_refused(room):
+    with pytest.raises(ValueError, match="did you mean 'origin'"):
+        build(room, "orgin")

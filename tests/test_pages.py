@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_decisions import committed, rerun
 
 from afen import runs
 from afen.augment import FILL, LUMA, MEAN, normalise, to_float
@@ -29,26 +30,15 @@ def plan(tmp_path):
     return runs.make_plan(runs.DEFAULTS | TINY | places)
 
 
-def test_a_missing_run_is_made_and_a_finished_one_is_read(plan, monkeypatch):
-    folder = runs.finished_run(plan)
-    first = read_record(folder / "record.json")
-    assert folder == plan.folder and first["status"] == "smoke" and first["scores"]
-    assert (folder / "weights.safetensors").exists()
-    monkeypatch.setattr(runs, "start", None)  # nothing can train from here on
-    assert read_record(runs.finished_run(plan) / "record.json") == first
-
-
 def test_a_failed_run_is_made_again(plan):
-    first = read_record(runs.finished_run(plan) / "record.json")
+    runs.carry_out(plan)
+    first = read_record(plan.folder / "record.json")
+    assert first["status"] == "smoke" and first["scores"]
+    assert (plan.folder / "weights.safetensors").exists()
     write_record(first | {"status": "failed", "reason": "did not finish"}, plan.folder)
-    again = read_record(runs.finished_run(plan) / "record.json")
+    runs.carry_out(plan)
+    again = read_record(plan.folder / "record.json")
     assert again["status"] == "smoke" and again["scores"] == first["scores"]
-
-
-def test_the_pictures_of_a_run_are_small(plan):
-    curves, lists = runs.pictures(runs.finished_run(plan))
-    assert [line.get_label() for line in curves.axes[0].get_lines()][0] == "total"
-    assert runs.figures.is_smoke(curves) and lists.width <= runs.PAGE_WIDTH
 
 
 def test_a_page_counts_the_runs_of_its_own_recipe_only(monkeypatch):
@@ -68,6 +58,24 @@ def test_a_page_counts_the_runs_of_its_own_recipe_only(monkeypatch):
     (row,) = runs.page_scores("agw").to_dict("records")
     assert (row["runs"], row["lowest"], row["highest"]) == (2, 0, 10)
     assert row["rank1"] == row["mAP"] == row["mINP"] == 5
+
+
+def test_a_page_draws_the_losses_of_its_kept_run(monkeypatch):
+    """Seed 0 on pocket-regdb, and nothing is trained; without a record, a sentence."""
+    monkeypatch.setattr(runs, "start", None)
+    (record,) = [
+        r for r in runs.page_records("ddag")
+        if (r["parameters"]["dataset"], r["parameters"]["seed"]) == ("pocket-regdb", 0)
+    ]
+    figure = runs.page_curves("ddag")
+    drawn = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    for column, name in (("loss", "total"), ("graph", "graph")):
+        history = [row[column] for row in record["history"]]
+        assert drawn[name].get_ydata().tolist() == history
+    assert runs.figures.is_smoke(figure)
+    monkeypatch.setattr(runs, "load_records", lambda: [])
+    with pytest.raises(LookupError, match="no run of ddag on pocket-regdb with seed 0"):
+        runs.page_curves("ddag")
 
 
 # --- recipes --------------------------------------------------------------------------
@@ -194,3 +202,11 @@ def test_views_have_the_released_chances(name):
         if chances is PLAIN and erasing:
             box = torch.isclose(pixels, torch.tensor(fill)[:, None]).all(1).any(1)
             assert torch.equal(box, erased)
+
+
+# --- how to ---------------------------------------------------------------------------
+
+
+def test_the_plan_of_how_to_reproduce_is_that_of_the_records():
+    pages, _ = rerun("how_to_reproduce")
+    assert pages and pages == committed("how_to_reproduce")

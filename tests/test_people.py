@@ -349,7 +349,7 @@ def test_llcm_index_and_folders(trees):
 
 def test_plain_folder(trees):
     root = trees["folder"]
-    assert {p.name for p in root.iterdir()} == {"visible", "infrared", "joints.csv"}
+    assert {p.name for p in root.iterdir()} == {"visible", "infrared", "joints.csv", "rendered.json"}
     for name in ("visible", "infrared"):
         folders = sorted(p.name for p in (root / name).iterdir())
         assert folders == [f"{i:04d}" for i in range(1, 10)]

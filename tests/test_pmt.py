@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
@@ -18,10 +17,10 @@ from afen.augment import MEAN, constant, denormalise, draw_placement
 from afen.backbone import count_parameters
 from afen.batches import Batch
 from afen.core import seed_everything, torch_generator
-from afen.losses import batch_hard_triplet, dcl, msel
-from afen.method import create
+from afen.losses import batch_hard_triplet
+from afen.method import create, method_class
 from afen.methods import pmt
-from afen.methods.pmt import PMT, InfraredDraw
+from afen.methods.pmt import PMT, InfraredDraw, dcl, msel
 from afen.training import (
     lr_factor,
     make_optimiser,
@@ -76,12 +75,46 @@ def test_rates_are_those_of_the_released_code():
         assert float(f"{ours:.2e}") == pytest.approx(rate), epoch
 
 
-def test_rates_at_every_epoch():
-    for epoch in range(1, 25):
-        cosine = 3e-6 + (3e-4 - 3e-6) * (1 + math.cos(math.pi * epoch / 24)) / 2
-        line = 3e-6 + (3e-4 - 3e-6) * epoch / 3
-        rate = line if epoch < 3 else cosine
-        assert PAPER.lr * lr_factor(PAPER, epoch - 1) == pytest.approx(rate)
+@pytest.mark.parametrize("dataset, epochs", [("sysu", 24), ("regdb", 36)])
+def test_every_group_has_the_released_rate_at_every_epoch(dataset, epochs):
+    """One floor for all groups: 3e-6, whatever a group's own rate."""
+    recipe, switches = PMT.configuration("paper", dataset)
+    small = replace(recipe, size="tiny", weights="none")
+    optimiser = make_optimiser(create("pmt", 3, small, **switches))
+    for epoch in range(1, epochs + 1):  # theirs count from 1
+        full = set_lr(optimiser, small, epoch - 1)
+        expected = []
+        for rate in (3e-4, 1.5e-4):
+            cosine = 3e-6 + (rate - 3e-6) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+            line = 3e-6 + (rate - 3e-6) * epoch / 3
+            expected.append(line if epoch < 3 else cosine)
+        rates = [group["lr"] for group in optimiser.param_groups]
+        assert rates == pytest.approx(expected, rel=1e-12) and full == rates[0]
+    assert rates == pytest.approx([3e-6, 3e-6], rel=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("name", ["agw", "caj", "dart", "xmodal"])
+def test_step_schedules_are_a_share_of_the_full_rate(name, share):
+    """To the bit where there is no floor, or one group only."""
+    recipe = method_class(name).recipes["paper"]
+    if recipe.floor:
+        share = recipe.backbone_lr
+    for epoch in range(recipe.epochs):
+        factor = lr_factor(recipe, epoch)
+        assert lr_factor(recipe, epoch, share) == factor
+        if recipe.warmup <= epoch:
+            assert factor == 0.1 ** sum(drop <= epoch for drop in recipe.drops)
+        else:
+            rise = (epoch + 1) / recipe.warmup
+            assert factor == recipe.floor + (1 - recipe.floor) * rise
+
+
+def test_a_group_that_stands_still_stays_so():
+    recipe = replace(POCKET_RECIPE, backbone_lr=0.0)
+    optimiser = make_optimiser(create("pmt", 3, recipe))
+    set_lr(optimiser, recipe, 0)
+    assert optimiser.param_groups[1]["lr"] == 0 < optimiser.param_groups[0]["lr"]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +143,7 @@ def test_patches_and_blocks_learn_at_half_the_rate():
     assert isinstance(optimiser, torch.optim.AdamW)
     set_lr(optimiser, method.recipe, 0)
     rates = [group["lr"] for group in optimiser.param_groups]
-    assert rates == pytest.approx([1.02e-4, 0.51e-4])
+    assert rates == pytest.approx([1.02e-4, 5.2e-5])
     assert {group["weight_decay"] for group in optimiser.param_groups} == {1e-4}
 
 
@@ -414,3 +447,47 @@ def test_recipes_and_refusals():
         create("pmt", 3, POCKET_RECIPE, gray=1.5)
     with pytest.raises(ValueError, match="gray"):
         create("pmt", 3, POCKET_RECIPE, grey=0.5)
+
+
+# The two losses of its own; golden numbers and invariances are in test_losses
+
+
+def test_msel_by_hand():
+    line = torch.tensor([[0.0], [1.0], [5.0], [7.0]])
+    labels = torch.zeros(4, dtype=torch.long)
+    # X - S: 6 - 1, 5 - 1, 4.5 - 2, 6.5 - 2
+    expected = (25 + 16 + 2.5**2 + 4.5**2) / 4
+    assert msel(line, labels).item() == pytest.approx(expected)
+
+
+def test_dcl_by_hand():
+    line = torch.tensor([[0.0], [2.0], [10.0], [14.0]])
+    labels = torch.tensor([0, 0, 1, 1])
+    # centres 1 and 12; own 1, 1, 2, 2; nearest wrong ones 9 and 10
+    assert dcl(line, labels).item() == pytest.approx(1.5 / 9.5)
+
+
+def test_msel_and_dcl_by_plain_loops():
+    draw = torch.Generator().manual_seed(20)
+    noise = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
+    labels, visible = torch.arange(3).repeat_interleave(4).repeat(2), torch.arange(24) < 12
+    features = noise(24, 6) + 2 * visible[:, None]
+    shifts, to_centre, hard = [], [], []
+    for i, feature in enumerate(features):  # Eq. (7)
+        d = (features - feature).norm(dim=1)
+        same, near = labels == labels[i], visible == visible[i]
+        others = same & near & (torch.arange(24) != i)
+        shifts.append(d[same & ~near].mean() - d[others].mean())
+    for p in range(3):  # Eq. (8)
+        d = (features - features[labels == p].mean(0)).norm(dim=1)
+        to_centre += d[labels == p]
+        wrong = d[labels != p]
+        hard.append(wrong[wrong < wrong.mean()].mean())
+    mean = lambda values: torch.stack(values).mean()
+    torch.testing.assert_close(msel(features, labels), torch.stack(shifts).square().mean())
+    torch.testing.assert_close(dcl(features, labels), mean(to_centre) / mean(hard))
+
+
+def test_dcl_of_equal_distances_is_finite():
+    square = torch.tensor([[0.0, 1.0], [0.0, -1.0], [0.1, 1.0], [0.1, -1.0]])
+    assert dcl(square, torch.tensor([0, 0, 1, 1])).isfinite()

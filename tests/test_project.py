@@ -21,9 +21,9 @@ NOTEBOOKS = sorted(
     p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
 )
 ROOMS = [
-    "core", "people", "datasets", "batches", "augment", "joints", "backbone", "mecs", "fem",
-    "losses", "method", "methods", "evaluation", "training", "records", "tables", "figures",
-    "runs", "grid", "probes",
+    "core", "people", "datasets", "batches", "augment", "joints", "backbone", "blocks",
+    "mecs", "fem", "losses", "method", "methods", "evaluation", "training", "records",
+    "tables", "figures", "runs", "grid", "trained", "probes", "claims",
 ]  # fmt: skip
 
 
@@ -73,6 +73,37 @@ def test_outputs_belong_to_the_code_above_them(path):
     assert not stale, f"run `python tests/run_notebooks.py`; changed since: {stale[0]}"
 
 
+def figure_numbers(cells: list[dict]) -> list[list[int]]:
+    """For each code cell that draws, the numbers of the captions beside it."""
+    each = []
+    for cell, after in zip(cells, [*cells[1:], {"cell_type": "raw"}]):
+        data = [output.get("data", {}) for output in cell.get("outputs", [])]
+        if any("image/png" in one for one in data):
+            beside = ["".join(one.get("text/markdown", "")) for one in data]
+            if after["cell_type"] == "markdown":
+                beside.append("".join(after["source"]))
+            found = re.findall(r"^\*\*Figure (\d+)\.\*\* \S", "\n".join(beside), re.M)
+            each.append([int(number) for number in found])
+    return each
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_figure_is_numbered_and_captioned(path):
+    each = figure_numbers(json.loads(path.read_text())["cells"])
+    assert all(each), f"cells that draw without a caption: {each}"
+    numbers = [number for some in each for number in some]
+    assert numbers == [*range(1, len(numbers) + 1)]
+
+
+def test_a_figure_without_its_caption_is_found():
+    drawn = {"cell_type": "code", "outputs": [{"data": {"image/png": "..."}}]}
+    words = {"cell_type": "markdown", "source": ["**Figure 1.** A line.\n"]}
+    loop = {"data": {"text/markdown": ["**Figure 2.** One more."]}}
+    looped = {"cell_type": "code", "outputs": [*drawn["outputs"], loop]}
+    assert figure_numbers([drawn, words, looped]) == [[1], [2]]
+    assert figure_numbers([words, drawn, drawn, words, drawn]) == [[], [1], []]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_lines_fit(path):
     book = json.loads(path.read_text())
@@ -118,7 +149,7 @@ def test_a_room_imports_only_rooms_above_it():
 
 
 def test_measuring_never_imports_a_model():
-    models = {"backbone", "mecs", "fem", "losses", "method", "methods", "training"}
+    models = {"backbone", "blocks", "mecs", "fem", "losses", "method", "methods", "training"}
     for room in ("evaluation", "records", "tables", "figures"):
         assert not imports(ROOT / "afen" / f"{room}.py") & models
 

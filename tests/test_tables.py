@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 
 from afen import grid, tables
+from afen.claims import findings
 from afen.core import digest
+from afen.probes import load_probes
 from afen.records import fingerprint, load_records, new_record, run_id, score_entry
 from afen.records import write_record
 from afen.runs import DEFAULTS, make_plan
@@ -61,10 +63,6 @@ PLANNED = [
 def table1(records):
     """The table whose rows are planned in the short form of these tests."""
     return tables.table1(records, PLANNED)
-
-
-def state_block(records):
-    return tables.state_block(records, PLANNED)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +117,7 @@ def test_departures_respect_how_exact_a_source_is():
     found = departures().set_index(CELL)
     assert set(found.index.get_level_values("method")) == {"agw", "ddag", "dart"}
     exact = published("originals").set_index(CELL)
+    assert exact.index.isin(published().set_index(CELL).index).all()
     cut = ("spot", "regdb", "visible-to-infrared", "rank1")  # known to one decimal
     assert exact.loc[cut, "decimals"] == 1 and cut not in found.index
     for row in found.itertuples():
@@ -284,7 +283,8 @@ def everything(record):
 def test_a_row_needs_all_of_its_cells(record):
     table = table1(everything(record))
     seen = cell(table, "caj")
-    assert seen["verdict"] == "reproduced" and "0 of 8" in state_block(everything(record))
+    assert seen["verdict"] == "reproduced"
+    assert (row_verdicts(table) != "reproduced").all()
     assert outcome(table.assign(verdict="reproduced")).startswith("[Re]")
     worse = table.assign(verdict="reproduced")
     worse.loc[0, "verdict"] = "not reproduced"
@@ -347,6 +347,8 @@ def test_latex_rows_have_ten_cells_and_escape(record):
 
 def test_saving_repeats_byte_for_byte(record, tmp_path):
     table = table1(ten(record, 86.0))
+    back = pd.read_csv(save_table1(table, tmp_path)[0], keep_default_na=False, na_values=[""])
+    np.testing.assert_allclose(back["mean"], table["mean"].astype(float), atol=1e-4)
     first, second = (save_table1(table, tmp_path / name) for name in "ab")
     for one, two in zip(first, second, strict=True):
         assert one.read_bytes() == two.read_bytes()
@@ -383,6 +385,12 @@ def test_bootstrap_against_a_loop():
     np.testing.assert_allclose(bootstrap_interval(d, draws=2000, seed=3), expected)
 
 
+def test_an_interval_repeats_and_depends_on_its_seed():
+    d = np.sqrt(range(9))
+    assert bootstrap_interval(d) == bootstrap_interval(d) != bootstrap_interval(d, seed=1)
+    assert bootstrap_interval([2, 2, 2, 2]) == (2, 2)
+
+
 def test_comparisons_that_mean_nothing(record):
     one, metric = record(50.0), ("rank1", "visible-to-infrared")
     wrong = {
@@ -400,6 +408,38 @@ def test_spread_over_seeds(record):
     table = spread(seed_values(runs, ["mAP"]), ["method", "setting"])
     assert table["n"].tolist() == [3, 3]
     np.testing.assert_allclose(table[["mean", "std"]], [[60, 10]] * 2)
+
+
+def test_differences_in_words():
+    assert tables.mean_and_range([1.25, -2.75]) == "-0.8 (-2.8 to +1.2, n = 2)"
+    assert tables.mean_and_range([3.0], count=False) == "+3.0 (+3.0 to +3.0)"
+    assert tables.mean_and_range([np.nan]) == tables.mean_and_range([]) == ""
+    sides = {(1, 2): "above (2 of 2)", (-1, -2): "below (0 of 2)", (0, 1): "either (1 of 2)"}
+    sides |= {(np.nan, 1): "above (1 of 1, 1 missing)", (np.nan,): "missing"}
+    for d, words in sides.items():
+        assert tables.side_of_reference(pd.Series(d, dtype=float)) == words
+
+
+def test_the_variance_over_seeds_against_a_loop():
+    """Two splits; in the second a cell lacks a seed and is left out."""
+    rng, rows = np.random.default_rng(0), []
+    for split, cell, seed in np.ndindex(2, 4, 3):
+        if (split, cell, seed) != (1, 3, 2):
+            rows.append((split, f"c{cell}", seed, rng.normal()))
+    scores = pd.DataFrame(rows, columns=["split", "cell", "seed", "value"])
+    alike, other = [], []
+    for split, n in ((0, 4), (1, 3)):
+        part = scores[scores.split == split].set_index(["cell", "seed"]).value
+        cells = [part[f"c{k}"].to_numpy() for k in range(n)]
+        cov = [[((a - a.mean()) * (b - b.mean())).sum() / 2 for a in cells] for b in cells]
+        alike.append(np.mean([cov[i][i] for i in range(n)]))
+        other.append(np.mean([cov[i][j] for i in range(n) for j in range(n) if i != j]))
+    each = [tables.seed_covariances(part) for _, part in scores.groupby("split")]
+    np.testing.assert_allclose(tables.seed_variance(each), [np.mean(alike), np.mean(other)])
+    for few in ([], [np.ones((1, 1))], [np.empty((0, 0))]):
+        with pytest.raises(ValueError, match="two cells with several seeds"):
+            tables.seed_variance(few)
+    assert tables.seed_covariances(scores[scores.seed == 0].query("split == 0")).size == 0
 
 
 # ---------------------------------------------------------------- nothing is typed
@@ -508,7 +548,20 @@ def test_readme_types_no_score():
 def test_readme_says_what_the_records_give():
     block = read_block(ROOT / "README.md", "state")
     row_parameters = [job.parameters for job in grid.jobs("paper", ["rows"])]
-    assert block == tables.state_block(load_records(), row_parameters).strip()
+    kept = load_records()
+    lines = findings(kept, load_probes())
+    assert len(lines) == 5
+    assert block == tables.state_block(kept, row_parameters, lines).strip()
+
+
+def test_the_state_counts_real_and_rendered_runs_apart(record):
+    smoke = record(90.0, "smoke", dataset="pocket-regdb")
+    failed = record(0.0, "failed", method="pmt")
+    runs = [*ten(record, 60.0, method="caj"), failed, smoke]
+    block = tables.state_block(runs, PLANNED, ["One.", "Two."])
+    assert block.startswith("* One.\n* Two.\n\nOutcome of Table 1: [not Re]")
+    assert "| finished runs | 10 | 1 |\n| failed runs | 1 | 0 |" in block
+    assert tables.state_block([], PLANNED).startswith("Outcome of Table 1: undecided")
 
 
 @pytest.fixture(scope="module")
@@ -555,6 +608,7 @@ DRAWN = ["table1.*", "smoke_pocket*", "smoke_paper_size.csv"]  # by RESULTS, com
 ELSEWHERE = {  # where the others are compared
     "smoke_ablation*": "tests/test_workflow.py makes them again",
     "smoke_claims*": "tests/test_workflow.py makes them again",
+    "afen_network.*": "tests/test_afen.py measures its shapes",
 }
 
 

@@ -1,12 +1,12 @@
 """train.ipynb as people run it: through papermill's command line, on written trees."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -15,10 +15,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from afen import training
 from afen.people import write_tree
 from afen.records import read_record
-from afen.training import load_checkpoint, save_checkpoint
+from afen.runs import DEFAULTS, PARAMETERS, carry_out, make_plan, open_data, start
+from afen.training import (
+    check_precision,
+    load_checkpoint,
+    precision_words,
+    save_checkpoint,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERMILL = Path(sys.executable).with_name("papermill")
@@ -109,6 +114,7 @@ def test_every_layout_trains_and_leaves_a_whole_run(trees, tmp_path, dataset):
         ({"flip": "false"}, "it must be True or False"),
         ({"trial": 11}, "between 1 and 10"),
         ({"mecs_after": "layer7"}, "Unknown mecs_after 'layer7'"),
+        ({"precision": "auto"}, "Unknown precision 'auto'"),
         ({"method": "caj", "mecs": "paper"}, "Method caj has no 'mecs'"),
         ({"dataset": "regdb", "root": "nowhere"}, "pocket-regdb"),
         ({"weights": "nowhere.pt"}, "Weights file nowhere.pt does not exist"),
@@ -181,25 +187,19 @@ def test_the_short_form_works_where_papermill_accepts_it(trees):
 def test_the_manual_lists_every_parameter():
     words = [str(PAPERMILL), "--help-notebook", "nbs/train.ipynb"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
-    from afen.runs import PARAMETERS
-
     for name in PARAMETERS:
         assert f"  {name}: " in done.stdout, name
 
 
 def test_the_parameters_cell_holds_the_defaults():
-    from afen.runs import DEFAULTS
-
     book = nbformat.read(ROOT / "nbs" / "train.ipynb", as_version=4)
     cell = next(c for c in book.cells if "parameters" in c.metadata.get("tags", []))
-    found: dict = {}
-    exec("from typing import Optional\n" + cell.source, found)
-    assert {name: found[name] for name in DEFAULTS} == DEFAULTS
+    names: dict = {}
+    exec("from typing import Optional\n" + cell.source, names)
+    assert {name: names[name] for name in DEFAULTS} == DEFAULTS
 
 
 def test_a_label_that_noise_takes_away_keeps_its_output(tmp_path):
-    from afen.runs import DEFAULTS, make_plan, open_data, start
-
     root = write_tree("regdb", tmp_path / "tree", n_train=8, n_test=4, n_images=2)
     given = {"dataset": "regdb", "root": str(root), "out": str(tmp_path / "run")}
     given |= {**QUICK, "noise": 0.9, "precision": "float32"}
@@ -215,14 +215,46 @@ def test_a_label_that_noise_takes_away_keeps_its_output(tmp_path):
     assert run.method.n_identities == table.identity.nunique()
 
 
-def test_a_precision_that_does_not_fit_is_no_choice(monkeypatch):
-    def step(method, optimiser, batch, epoch, precision):
-        if precision == "float32":
-            raise torch.cuda.OutOfMemoryError("no memory left")
+def test_slow_bfloat16_is_refused_before_any_data_are_read(tmp_path):
+    """On any processor, as torch is told that it has no AVX-512."""
+    given = {"dataset": "regdb", "root": tmp_path / "nowhere", "precision": "bfloat16"}
+    done = subprocess.run(
+        command(tmp_path / "out.ipynb", out=tmp_path / "run", **given),
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT,
+        env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "Device cpu has no fast bfloat16" in last_line(done)
+    assert last_line(done).count(". ") == 0 and not (tmp_path / "run").exists()
 
-    monkeypatch.setattr(training, "train_step", step)
-    monkeypatch.setattr(training, "in_software", lambda device, precision: False)
-    method, batch = torch.nn.Linear(1, 1), SimpleNamespace(visible=torch.zeros(1))
-    assert training.fastest_precision(method, batch)[0] == "bfloat16"
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        training.fastest_precision(method, batch, "float32")
+
+def test_any_machine_reads_the_plan_of_a_run_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    plan = make_plan(DEFAULTS | {"precision": "bfloat16"})
+    assert plan.parameters["precision"] == plan.recipe.precision == "bfloat16"
+    assert "precision" not in plan.parameters["recipe"]
+    with pytest.raises(ValueError, match="no fast bfloat16"):
+        start(plan, None)
+    with pytest.raises(ValueError, match="no fast bfloat16"):
+        carry_out(plan)
+
+
+@pytest.mark.parametrize("capability, tf32, precision, words", [
+    ((9, 0), True, "float32", "float32 with TF32 convolutions"),
+    ((9, 0), False, "float32", "float32"),
+    ((7, 5), True, "float32", "float32"),
+    ((9, 0), True, "bfloat16", "bfloat16"),
+])  # fmt: skip
+def test_a_gpu_is_named_with_what_it_makes_of_float32(
+    monkeypatch, capability, tf32, precision, words
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    device = torch.device("cuda")
+    assert precision_words(device, precision) == words
+    check_precision(device, "float32")
+    if capability < (8, 0):
+        with pytest.raises(ValueError, match="Device cuda has no fast bfloat16"):
+            check_precision(device, "bfloat16")
+    else:
+        check_precision(device, "bfloat16")

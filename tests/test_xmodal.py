@@ -11,9 +11,9 @@ from afen.augment import MEAN, weak_view
 from afen.backbone import count_parameters
 from afen.batches import Batch
 from afen.core import torch_generator
-from afen.losses import centre_triplet, identity_loss, intra_modality_triplet
+from afen.losses import identity_loss, intra_modality_triplet
 from afen.method import POCKET_RECIPE, create, method_names
-from afen.methods.xmodal import SharedResNet, XGenerator, XModality
+from afen.methods.xmodal import SharedResNet, XGenerator, XModality, centre_triplet
 from afen.training import lr_factor
 
 SMALL = replace(POCKET_RECIPE, height=32, width=16, erasing=0.5)
@@ -182,3 +182,51 @@ def test_bfloat16_stays_close():
     for name in TERMS:
         assert narrow[name].dtype == torch.float32
         torch.testing.assert_close(narrow[name], full[name], rtol=0.1, atol=0.1)
+
+
+# --- the centre triplet ---------------------------------------------------------------
+
+
+def test_centre_triplet_by_hand():
+    a = torch.tensor([[-1.0], [1.0], [3.0], [5.0]])  # centres 0 and 4
+    b = torch.tensor([[1.0], [1.0], [2.5], [2.5]])  # centres 1 and 2.5
+    labels = torch.tensor([7, 7, 8, 8])
+    # own 1 and 1.5; wrong d(a0, b1) = 2.5 and d(a1, b0) = 3
+    assert centre_triplet(a, b, labels, labels, margin=2).item() == pytest.approx(
+        (2 + 1 - 2.5 + 2 + 1.5 - 2.5) / 2
+    )
+    # released: d01^2 = a1^2 + b0^2 - 2 a0 b1 = 17, d10^2 = a0^2 + b1^2 - 2 a1 b0 < 0
+    assert centre_triplet(
+        a, b, labels, labels, margin=2, released=True
+    ).item() == pytest.approx((2 + 1 + 2 + 1.5) / 2, abs=1e-5)
+
+
+def naive_centre_triplet(a, b, labels, margin, released):
+    """Eq. (3) identity by identity, with distances or with Eq. (4)."""
+    people = sorted(set(labels.tolist()))
+    left = {p: a[labels == p].mean(0) for p in people}
+    right = {p: b[labels == p].mean(0) for p in people}
+
+    def length(i, j):
+        x, y = (j, i) if released else (i, j)
+        square = left[x] @ left[x] + right[y] @ right[y] - 2 * left[i] @ right[j]
+        return max(square, 0 * square + 1e-12).sqrt()
+
+    total = 0.0
+    for i in people:
+        wrong = [min(length(i, j), length(j, i)) for j in people if j != i]
+        total = total + max(margin + length(i, i) - min(wrong), 0 * length(i, i))
+    return total / len(people)
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_centre_triplet_by_plain_loops(released):
+    draw = torch.Generator().manual_seed(12)
+    noise = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
+    labels = torch.arange(6).repeat_interleave(4)
+    people = 0.6 * noise(6, 16)[labels]
+    a, b = 0.7 + people + 1.2 * noise(24, 16), 1.3 * people + 1.2 * noise(24, 16)
+    found = centre_triplet(a, b, labels, labels, released=released)
+    expected = naive_centre_triplet(a, b, labels, 0.5, released)
+    assert found > 0.05
+    torch.testing.assert_close(found, expected)

@@ -23,7 +23,7 @@ from afen.losses import (
     identity_loss,
     weighted_regularized_triplet,
 )
-from ..method import POCKET_RECIPE, Method, Recipe
+from ..method import POCKET_RECIPE, Method, Recipe, check_modality
 
 # %% ../../nbs/methods/agw.ipynb #55a1668e
 class NonLocal(nn.Module):
@@ -74,6 +74,7 @@ class AGW(Method):
     """AGW: identity loss and WRT on one view of each image (released code)."""
 
     name, title = "agw", "AGW"
+    weighted_triplet = True
     switches: ClassVar[dict[str, Parameter]] = {
         "nonlocal_blocks": Parameter(bool),
         "nonlocal_width": Parameter(int, low=0),  # 0 is half the channels
@@ -141,6 +142,7 @@ def losses(self: AGW, batch: Any, epoch: int) -> dict[str, Tensor]:
 @patch
 def embed(self: AGW, images: Tensor, modality: str) -> Tensor:
     """The feature after the neck, as a unit vector: [B, C]."""
+    check_modality(modality)
     images = normalise(to_float(images))
     _, necked, _ = self.head(self.net(**{modality: images}))
     return F.normalize(necked.float())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fit_mixture', 'clean_probability', 'confidences', 'DART', 'view_rows', 'view_losses', 'sweep_losses',
-           'network_losses']
+           'soft_identity_loss', 'quadruplet_gap', 'adaptive_quadruplet', 'network_losses']
 
 # %% ../../nbs/methods/dart.ipynb #dc351911
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +19,13 @@ from fastcore.basics import patch
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
-from ..losses import adaptive_quadruplet, identity_loss, soft_identity_loss
+from afen.losses import (
+    check_batch,
+    check_labels,
+    full_precision,
+    identity_loss,
+    pairwise_distances,
+)
 from ..method import POCKET_RECIPE, Method, Recipe
 from .caj import CAJ
 
@@ -36,7 +42,7 @@ def fit_mixture(
 
 
 def clean_probability(mixture: GaussianMixture, losses: np.ndarray) -> np.ndarray:
-    """The chance that each loss belongs to the lower component, Eq. (2): [n]."""
+    """The chance that each loss belongs to the lower component, Eq. (3): [n]."""
     posterior = mixture.predict_proba(losses[:, None])  # [n, 2]
     return posterior[:, mixture.means_[:, 0].argmin()]
 
@@ -45,16 +51,16 @@ def confidences(
     losses: np.ndarray,  # [3, N]: weak, channel and infrared view; nan if there is none
     seed: int,
 ) -> np.ndarray:
-    """How sure each view of each label is, Eqs. (1) and (2): [3, N], 0 for no view."""
+    """How sure each view of each label is, Eqs. (2) and (3): [3, N], 0 for no view."""
     low, high = np.nanmin(losses, axis=1), np.nanmax(losses, axis=1)  # [3]
-    # Eq. (1); equal losses stay finite
+    # Eq. (2); equal losses stay finite
     scaled = (losses - low[:, None]) / np.maximum(high - low, 1e-12)[:, None]
-    found = np.zeros_like(losses)
+    sure = np.zeros_like(losses)
     for views in (slice(0, 2), slice(2, 3)):  # one mixture for each modality
         there = ~np.isnan(losses[views])
-        own = scaled[views][there]
-        found[views][there] = clean_probability(fit_mixture(own, seed), own)
-    return found
+        values = scaled[views][there]
+        sure[views][there] = clean_probability(fit_mixture(values, seed), values)
+    return sure
 
 # %% ../../nbs/methods/dart.ipynb #00c04102
 class DART(Method):
@@ -118,7 +124,7 @@ def sweep_losses(
     rows, losses = [], []
     for batch in sweep:
         rows.append(view_rows(batch))
-        losses.append(torch.stack([view_losses(own, batch) for own in networks]))
+        losses.append(torch.stack([view_losses(n, batch) for n in networks]))
         seed = batch.generator.initial_seed() % 2**32
     rows, losses = torch.cat(rows, 1).numpy(), torch.cat(losses, 2).cpu().numpy()
     table = np.full((2, 3, rows.max() + 1), np.nan)
@@ -133,13 +139,100 @@ def begin_epoch(self: DART, epoch: int, sweep: Iterable[Any]) -> None:
         return
     self.train()
     losses, seed = sweep_losses(self.networks, sweep)
-    found = np.stack([confidences(own, seed) for own in losses])  # [2, 3, N]
-    self.confidence = torch.from_numpy(found).to(self.confidence)
+    sure = np.stack([confidences(table, seed) for table in losses])  # [2, 3, N]
+    self.confidence = torch.from_numpy(sure).to(self.confidence)
+
+# %% ../../nbs/methods/dart.ipynb #f3f233c6
+@full_precision
+def soft_identity_loss(
+    logits: Tensor,  # [N, n_identities]
+    labels: Tensor,  # [N] int64, possibly wrong
+    confidence: Tensor,  # [N], probability that the label is right
+) -> Tensor:
+    """Mean of confidence times cross-entropy, first term of Eq. (1); scalar.
+
+    Rebuilt from facts about DART's code. Raises ValueError when a label has no logit.
+    """
+    check_labels(logits, labels)
+    return (confidence * F.cross_entropy(logits, labels, reduction="none")).mean()
+
+# %% ../../nbs/methods/dart.ipynb #5b557e4d
+def quadruplet_gap(
+    d_ij: Tensor,  # [N] to the positive
+    d_ik: Tensor,  # [N] to the negative
+    d_ip: Tensor,  # [N] to the spare positive
+    d_in: Tensor,  # [N] to the spare negative
+    false_positive: Tensor,  # [N] bool
+    false_negative: Tensor,  # [N] bool
+) -> Tensor:
+    """What stands before the margin in Eq. (4), by the case of each anchor; [N]."""
+    pair = (d_ij + d_ik) / 2
+    return torch.where(
+        false_positive,
+        torch.where(false_negative, d_ik - d_ij, d_ip - pair),
+        torch.where(false_negative, pair - d_in, d_ij - d_ik),
+    )
+
+# %% ../../nbs/methods/dart.ipynb #51ef85a5
+def _pick_positives(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Six random other images with the anchor's label, with replacement; [N, 6]."""
+    uniform = torch.rand(len(labels), 6, generator=generator).to(labels.device)
+    positive = (labels[:, None] == labels).fill_diagonal_(False)  # [N, N]
+    count = positive.sum(dim=1, keepdim=True)  # [N, 1]
+    order = positive.int().argsort(dim=1, descending=True, stable=True)
+    return order.gather(1, (uniform * count).long().minimum(count - 1))
+
+# %% ../../nbs/methods/dart.ipynb #cfc151fc
+def _nearest_negatives(distances: Tensor, labels: Tensor) -> Tensor:
+    """The eleven nearest images with other labels, nearest first; [N, 11]."""
+    same = labels[:, None] == labels
+    order = distances.detach().masked_fill(same, torch.inf).argsort(dim=1, stable=True)
+    last = (~same).sum(dim=1, keepdim=True) - 1  # [N, 1]
+    return order.gather(1, torch.arange(11, device=last.device).minimum(last))
+
+# %% ../../nbs/methods/dart.ipynb #e20d9074
+def _first_sure(candidates: Tensor, sure: Tensor) -> Tensor:
+    """The first candidate of each row with a sure label, else the last; [N]."""
+    hits = sure[candidates]  # [N, tries]
+    last = hits.shape[1] - 1
+    first = torch.where(hits.any(dim=1), hits.int().argmax(dim=1), last)
+    return candidates.gather(1, first[:, None])[:, 0]
+
+# %% ../../nbs/methods/dart.ipynb #75f94daa
+@full_precision
+def adaptive_quadruplet(
+    features: Tensor,  # [N, D], before the BN neck, not normalised
+    labels: Tensor,  # [N] identities, possibly wrong
+    confidence: Tensor,  # [N], probability that the label is right
+    predictions: Tensor,  # [N] identities the network predicts
+    generator: torch.Generator,  # on the CPU; draws 6 N numbers
+    margin: float = 0.3,
+    threshold: float = 0.5,  # eta: sure from here on
+) -> Tensor:
+    """Adaptive quadruplet loss of DART, Eq. (4), over sure anchors; scalar, 0 if none.
+
+    Rebuilt from facts about DART's code. Raises ValueError when an anchor has no
+    triplet.
+    """
+    check_batch(features, labels)
+    distances, sure = pairwise_distances(features), confidence >= threshold
+    positives = _pick_positives(labels, generator)  # [N, 6]
+    negatives = _nearest_negatives(distances, labels)  # [N, 11]
+    k = negatives[:, 0]  # [N]
+    picks = [positives[:, 0], k] + [
+        _first_sure(tries[:, 1:], sure) for tries in (positives, negatives)
+    ]
+    gap = quadruplet_gap(
+        *distances.gather(1, torch.stack(picks, dim=1)).T,  # [4, N]
+        false_positive=~sure[positives[:, 0]],
+        false_negative=~sure[k] & (predictions[k] == labels),
+    )
+    return F.relu(gap + margin)[sure].sum() / sure.sum().clamp(min=1)
 
 # %% ../../nbs/methods/dart.ipynb #4e8354c7
 @patch
-def trust(self: DART, judge: int, batch: Any) -> Tensor:
-    """What a network holds of a batch's labels, view after view: [3 B]."""
+def batch_confidence(self: DART, judge: int, batch: Any) -> Tensor:
+    """How sure a network is of a batch's labels, view after view: [3 B]."""
     rows = view_rows(batch).to(self.confidence.device)
     return self.confidence[judge].gather(1, rows).flatten()
 
@@ -147,17 +240,17 @@ def trust(self: DART, judge: int, batch: Any) -> Tensor:
 def network_losses(
     network: CAJ,
     batch: Any,
-    trust: Tensor | None,  # [3 B]; None during the warm-up
+    confidence: Tensor | None,  # [3 B], the other network's; None during the warm-up
 ) -> tuple[Tensor, Tensor]:
-    """Identity and quadruplet loss of one network, Eq. (3): two scalars."""
+    """Identity and quadruplet loss of one network, Eq. (1): two scalars."""
     visible, infrared, labels = network.views(batch)
     pooled, _, logits = network.head(network.net(visible, infrared))
-    if trust is None:
+    if confidence is None:
         return identity_loss(logits, labels), pooled.new_zeros(())
     guesses = logits.argmax(dim=1)  # [3 B]
     return (
-        soft_identity_loss(logits, labels, trust),
-        adaptive_quadruplet(pooled, labels, trust, guesses, batch.generator),
+        soft_identity_loss(logits, labels, confidence),
+        adaptive_quadruplet(pooled, labels, confidence, guesses, batch.generator),
     )
 
 # %% ../../nbs/methods/dart.ipynb #bbe4a6b2
@@ -166,10 +259,10 @@ def losses(self: DART, batch: Any, epoch: int) -> dict[str, Tensor]:
     """Identity and quadruplet loss of either network."""
     warm, terms = self.recipe.moment(epoch) == 0, {}
     for index, part in enumerate(batch.parts(2)):
-        trust = None if warm else self.trust(1 - index, part)  # the other's word
-        found = network_losses(self.networks[index], part, trust)
+        sure = None if warm else self.batch_confidence(1 - index, part)
+        pair = network_losses(self.networks[index], part, sure)
         names = (f"{kind}_{'ab'[index]}" for kind in ("identity", "quadruplet"))
-        terms |= zip(names, found)
+        terms |= zip(names, pair)
     return terms
 
 # %% ../../nbs/methods/dart.ipynb #e9ad07fd

@@ -19,7 +19,7 @@ from ..augment import normalise, to_float
 from ..backbone import DualResNet, Head, make_neck
 from ..core import Parameter
 from ..losses import batch_hard_triplet, identity_loss
-from ..method import POCKET_RECIPE, Method, Recipe
+from ..method import POCKET_RECIPE, Method, Recipe, check_modality
 from .agw import AGW
 
 # %% ../../nbs/methods/ddag.ipynb #1e4c6703
@@ -73,9 +73,9 @@ class GraphAttention(nn.Module):
 @patch
 def attention(self: GraphAttention, h: Tensor, edges: Tensor) -> Tensor:
     """Projected nodes [heads, N, width], edges [N, N] -> weights [heads, N, N]."""
-    # Eq. (3): a row for the node that looks, a column for the one looked at
-    looks, seen = (h @ part for part in self.a.chunk(2, dim=1))  # [heads, N, 1]
-    scores = F.leaky_relu(looks + seen.transpose(1, 2), 0.2)  # [heads, N, N]
+    # Eq. (3): a row for node i, which looks, a column for node j, which is looked at
+    row, column = (h @ part for part in self.a.chunk(2, dim=1))  # [heads, N, 1]
+    scores = F.leaky_relu(row + column.transpose(1, 2), 0.2)  # [heads, N, N]
     return scores.masked_fill(~edges, -torch.inf).softmax(2)
 
 # %% ../../nbs/methods/ddag.ipynb #0a50903f
@@ -180,6 +180,7 @@ def begin_epoch(self: DDAG, epoch: int, sweep: Iterable[Any]) -> None:
 @patch
 def embed(self: DDAG, images: Tensor, modality: str) -> Tensor:
     """The feature after the part attention, or the neck, as a unit vector: [B, C]."""
+    check_modality(modality)
     maps = self.net(**{modality: normalise(to_float(images))})
     _, feature, _ = self.head(maps)
     if self.options["feature"] == "attention":

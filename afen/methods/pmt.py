@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'TAG', 'STRENGTH', 'SIGMA', 'TAPS', 'ROWS', 'COMMON', 'PAPER', 'MARGIN', 'WEIGHT', 'OverlappingPatches',
            'make_vit', 'read_weights', 'resample_positions', 'load_pretrained', 'InfraredDraw', 'draw_infrared',
-           'jitter', 'blur', 'visible_view', 'jittered_view', 'PMT']
+           'jitter', 'blur', 'visible_view', 'jittered_view', 'PMT', 'msel', 'dcl']
 
 # %% ../../nbs/methods/pmt.ipynb #05d5bc3a
 import math
@@ -38,13 +38,14 @@ from ..backbone import MODALITIES, Head, read_state
 from ..core import Parameter, nearest
 from afen.losses import (
     batch_hard_triplet,
-    dcl,
+    check_batch,
     full_precision,
+    identity_centres,
     identity_loss,
     intra_modality_triplet,
-    msel,
+    pairwise_distances,
 )
-from ..method import POCKET_RECIPE, Method, Recipe
+from ..method import POCKET_RECIPE, Method, Recipe, check_modality
 
 # %% ../../nbs/methods/pmt.ipynb #27cd6e02
 class OverlappingPatches(PatchEmbed):
@@ -149,9 +150,9 @@ def load_pretrained(
     if "pos_embed" in state:
         grid = vit.patch_embed.grid_size
         state["pos_embed"] = resample_positions(state["pos_embed"], grid)
-    own = {name: value.shape for name, value in vit.state_dict().items()}
+    needed = {name: value.shape for name, value in vit.state_dict().items()}
     given = {name: getattr(value, "shape", None) for name, value in state.items()}
-    if wrong := [k for k in [*own, *given] if own.get(k) != given.get(k)]:
+    if wrong := [k for k in [*needed, *given] if needed.get(k) != given.get(k)]:
         raise ValueError(
             f"The weights {weights} do not fit this transformer (at {wrong[0]}): give "
             "a state dict of timm's ViT of the same size and patch."
@@ -301,6 +302,57 @@ def head_parameters(self: PMT) -> Iterator[nn.Parameter]:
         if not name.startswith(("vit.patch_embed.", "vit.blocks.")):
             yield parameter
 
+# %% ../../nbs/methods/pmt.ipynb #4c98b596
+@full_precision
+def msel(
+    features: Tensor,  # [N, D], the first half visible, the second infrared
+    labels: Tensor,  # [N] identities
+) -> Tensor:
+    """Modality-shared enhancement loss of PMT, Eq. (7); scalar.
+
+    Equal to the released numbers. Raises ValueError unless each identity has two images
+    or more in each half.
+    """
+    n = len(labels)
+    visible = torch.arange(n, device=labels.device) < n // 2  # [N]
+    same = labels[:, None] == labels  # [N, N]
+    within = same & (visible[:, None] == visible)
+    across = same & ~within
+    within = within.logical_xor(torch.eye(n, dtype=torch.bool, device=labels.device))
+    if n % 2 or not (within.any(1) & across.any(1)).all():
+        raise ValueError(
+            "MSEL needs two images or more of each identity in each half of the batch: "
+            "put the visible images first and draw the same identities in both."
+        )
+    distances = pairwise_distances(features)
+    shift = _masked_mean(distances, across) - _masked_mean(distances, within)  # [N]
+    return shift.square().mean()
+
+
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean of each row over the entries under `mask`."""
+    return (values * mask).sum(dim=1) / mask.sum(dim=1)
+
+# %% ../../nbs/methods/pmt.ipynb #882e4548
+@full_precision
+def dcl(
+    features: Tensor,  # [N, D]
+    labels: Tensor,  # [N] identities
+) -> Tensor:
+    """Discriminative centre loss of PMT, Eq. (8), a ratio without unit; scalar.
+
+    Equal to the released numbers. Raises ValueError when an anchor has no triplet.
+    """
+    check_batch(features, labels)
+    identities, centres = identity_centres(features, labels)
+    distances = pairwise_distances(centres, features)  # [P, N]
+    of_centre = identities[:, None] == labels
+    mean = _masked_mean(distances, ~of_centre)  # [P]
+    # Rounding may put the mean of equal numbers below them: keep the nearest always.
+    nearest = distances.masked_fill(of_centre, torch.inf).amin(dim=1)
+    hard = ~of_centre & (distances <= torch.maximum(mean, nearest)[:, None])
+    return distances[of_centre].mean() / _masked_mean(distances, hard).mean()
+
 # %% ../../nbs/methods/pmt.ipynb #ab1cd112
 @patch
 def in_gray(self: PMT, epoch: int) -> bool:
@@ -343,5 +395,6 @@ def losses(self: PMT, batch: Any, epoch: int) -> dict[str, Tensor]:
 @patch
 def embed(self: PMT, images: Tensor, modality: str) -> Tensor:
     """The feature after the neck as a unit vector [B, C], of either modality."""
+    check_modality(modality)
     _, necked, _ = self.head(self.vit(normalise(to_float(images))))
     return F.normalize(necked.float())

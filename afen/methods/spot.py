@@ -20,7 +20,7 @@ from ..augment import draw_placement, erase, normalise, place, place_joints, to_
 from ..backbone import DualResNet, Head, make_neck
 from ..core import Parameter
 from ..losses import batch_hard_triplet, full_precision, identity_loss
-from ..method import POCKET_RECIPE, Method, Recipe
+from ..method import POCKET_RECIPE, Method, Recipe, check_modality
 
 # %% ../../nbs/methods/spot.ipynb #95651645
 def heat_maps(
@@ -267,6 +267,7 @@ def losses(self: SPOT, batch: Any, epoch: int) -> dict[str, Tensor]:
 @patch
 def embed(self: SPOT, images: Tensor, modality: str) -> Tensor:
     """The combined feature after the necks, as a unit vector: [B, C]."""
+    check_modality(modality)
     views = {modality: normalise(to_float(images))}
     _, attended, parts = self.branches(**views)
     return F.normalize(self.fuse(self.head.neck(attended), self.part_neck(parts)))
