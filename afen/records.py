@@ -28,7 +28,13 @@ import pandas as pd
 import torch
 
 import afen
-from .core import atomic_path, digest, papermill_command, project_root
+from afen.core import (
+    atomic_path,
+    digest,
+    papermill_command,
+    project_root,
+    started_by,
+)
 
 # %% ../nbs/22_records.ipynb #e6a9a59f
 STATUSES = {
@@ -242,7 +248,7 @@ def new_record(
         "packages": package_versions(),
         "data": dict(data),
         "machine": machine(torch.device("cpu"), 0.0, "unknown"),
-        "command": " ".join(papermill_command() or [Path(sys.argv[0]).name]),
+        "command": started_by(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -26,8 +26,10 @@ from . import figures
 from .batches import PackedImages, pack
 from afen.core import (
     Parameter,
+    assigned_names,
     check_parameters,
     digest,
+    injected_cell,
     nearest,
     papermill_command,
     pick_device,
@@ -131,10 +133,11 @@ def injected_parameters(
 
     Without papermill the known ones, so that cells can be run again.
     """
-    if not papermill_command():
-        return {name: namespace[name] for name in known}
-    new = {k: v for k, v in namespace.items() if k not in before}
-    return {k: v for k, v in new.items() if not k.startswith("_") and k != "before"}
+    names = [*known, *assigned_names(injected_cell(namespace.get("In", [])))]
+    if papermill_command():
+        new = (name for name in namespace if name not in before and name != "before")
+        names += [name for name in new if not name.startswith("_")]
+    return {name: namespace[name] for name in names if name in namespace}
 
 # %% ../nbs/25_runs.ipynb #12d0694c
 @dataclass(frozen=True)
