@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'injected_parameters', 'Plan', 'make_plan',
            'change_recipe', 'check_machine', 'Data', 'open_data', 'start', 'data_key', 'score', 'score_table',
-           'one_line', 'begin_record', 'end_record', 'save_weights', 'draw', 'ranked_images', 'carry_out',
-           'page_records', 'page_scores', 'page_curves', 'report']
+           'one_line', 'begin_record', 'end_record', 'save_weights', 'sealed_weights', 'are_intact', 'draw',
+           'ranked_images', 'carry_out', 'page_records', 'page_scores', 'page_curves', 'report']
 
 # %% ../nbs/25_runs.ipynb #59e2a2e5
 import json
@@ -20,13 +20,14 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from . import figures
 from .batches import PackedImages, pack
 from afen.core import (
     Parameter,
     assigned_names,
+    atomic_path,
     check_parameters,
     digest,
     injected_cell,
@@ -34,6 +35,7 @@ from afen.core import (
     papermill_command,
     pick_device,
     project_root,
+    remove_drafts,
     seed_everything,
     short_path,
 )
@@ -70,6 +72,7 @@ from afen.training import (
     collapse,
     embed,
     estimate,
+    path_before,
     precision_words,
 )
 
@@ -405,15 +408,42 @@ def _entry(setting: str, each: list[Scores], split: Split) -> dict[str, Any]:
 
 # %% ../nbs/25_runs.ipynb #be384e1e
 def save_weights(method: Method, folder: Path, run: str) -> Path:
-    """Write the method's weights as safetensors, with the run's name inside.
+    """Write the method's weights as safetensors, with the run's name and a checksum inside.
 
-    The checkpoint has done its work and goes: the next run of the name starts anew.
+    Equal weights give equal files. The checkpoints have done their work and go.
     """
     path = folder / "weights.safetensors"
     state = {k: v.detach().cpu().contiguous() for k, v in method.state_dict().items()}
-    save_file(state, path, metadata={"run": run, "method": method.name})
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    with atomic_path(path) as draft:
+        draft.write_bytes(sealed_weights(state, {"run": run, "method": method.name}))
+    for checkpoint in (folder / "checkpoint.pt", path_before(folder / "checkpoint.pt")):
+        checkpoint.unlink(missing_ok=True)
+    remove_drafts(folder)
     return path
+
+
+def sealed_weights(state: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> bytes:
+    """A safetensors file whose metadata are `about`, in this order, and a digest of all."""
+    tensors, _, data = _parts(save(dict(state)))
+    about = {**about, "digest": digest(tensors, dict(about), data)}
+    whole = {"__metadata__": about, **tensors}
+    header = json.dumps(whole, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def are_intact(content: bytes) -> bool:
+    """Whether weights are as `sealed_weights` gave them; files without digest pass."""
+    tensors, about, data = _parts(content)
+    given = about.pop("digest", None)
+    return given is None or given == digest(tensors, about, data)
+
+
+def _parts(content: bytes) -> tuple[dict[str, Any], dict[str, str], bytes]:
+    """Of a safetensors file: what it says of each tensor, its metadata, the numbers."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    tensors = json.loads(content[8:start])
+    return tensors, tensors.pop("__metadata__", {}), content[start:]
 
 # %% ../nbs/25_runs.ipynb #c6ced4bb
 def draw(
