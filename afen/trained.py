@@ -22,7 +22,7 @@ from .batches import PackedImages, pack
 from .core import pick_device, seed_everything
 from .method import Method, Recipe, create
 from .records import read_record
-from .runs import Data, Plan, are_intact, data_key, open_data
+from .runs import Data, Plan, are_intact, open_data, other_images
 from .training import embed
 
 # %% ../nbs/27_trained.ipynb #31b629e3
@@ -150,7 +150,7 @@ def run_data(
     Raises what `runs.open_data` raises, and ValueError for other images.
     """
     data = open_data(plan_of(run.record, root))
-    if data_key(data) != run.record["data"]["hash"]:
+    if other_images(run.record, data):
         raise ValueError(
             f"The images of {run.plan.given['dataset']} are not those that run "
             f"{run.record['id']} saw: give their folder as root."
