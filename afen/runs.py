@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'OTHER_WORDS', 'injected_parameters', 'Plan',
            'make_plan', 'start_file', 'change_recipe', 'check_machine', 'check_folder', 'last_record', 'fewer_epochs',
-           'sibling_words', 'Data', 'open_data', 'start', 'data_key', 'joints_key', 'other_images', 'finished_record',
-           'changed_data', 'go_to_end', 'record_line', 'score', 'score_table', 'one_line', 'begin_record', 'end_record',
-           'save_weights', 'sealed_weights', 'are_intact', 'draw', 'ranked_images', 'carry_out', 'page_records',
-           'page_scores', 'page_curves', 'report']
+           'sibling_words', 'Data', 'open_data', 'check_switches', 'data_line', 'start', 'data_key', 'joints_key',
+           'other_images', 'finished_record', 'changed_data', 'go_to_end', 'record_line', 'score', 'score_table',
+           'one_line', 'begin_record', 'end_record', 'save_weights', 'sealed_weights', 'are_intact', 'draw',
+           'ranked_images', 'carry_out', 'page_records', 'page_scores', 'page_curves']
 
 # %% ../nbs/25_runs.ipynb #59e2a2e5
 import json
@@ -365,8 +365,7 @@ def open_data(plan: Plan) -> Data:
     says what to do.
     """
     p = plan.given
-    with torch.device("meta"):  # a wrong switch is refused before images are read
-        create(p["method"], 2, replace(plan.recipe, weights="none"), **plan.options)
+    check_switches(plan)  # before images are read
     with warnings.catch_warnings(action="ignore"):  # what is left out is printed below
         split = load(*(p[k] for k in ("dataset", "root", "trial", "gallery", "noise", "seed")))
     if split.rendered and not p["dataset"].startswith("pocket-"):
@@ -378,6 +377,28 @@ def open_data(plan: Plan) -> Data:
         split = with_joints(split, train, pick_device(p["device"]))
     return Data(split, train, test, split.rendered, split.departures)
 
+
+def check_switches(plan: Plan) -> None:
+    """Build the network without memory; ValueError if a switch of a module is wrong."""
+    name = plan.given["method"]
+    try:
+        with torch.device("meta"):
+            create(name, 2, replace(plan.recipe, weights="none"), **plan.options)
+    except TypeError as error:
+        raise ValueError(
+            f"A switch of {name} has a value of the wrong type ({error}); its switches "
+            f"are {plan.options}."
+        ) from None
+
+# %% ../nbs/25_runs.ipynb #53504093
+def data_line(data: Data) -> str:
+    """How many images and people, and how often they are asked, in one line."""
+    says = data.describe("")
+    halves = [
+        f"{says[f'{half}_images']} {words} images of {says[f'{half}_identities']} people"
+        for half, words in (("train", "training"), ("test", "test"))
+    ]
+    return f"{says['name']}: {', '.join(halves)}, {len(data.split.trials)} trials"
 
 # %% ../nbs/25_runs.ipynb #f75d3d22
 def start(plan: Plan, data: Data) -> Run:
@@ -768,12 +789,3 @@ def page_curves(method: str) -> Figure:
         f"papermill nbs/train.ipynb runs/{method}.ipynb -p method {method}, and copy "
         "its record there."
     )
-
-# %% ../nbs/25_runs.ipynb #6e70fe11
-def report(notebook: Path | str) -> None:
-    """Print what the last cell of an executed notebook printed, and where it is."""
-    book = json.loads(Path(notebook).read_text())
-    outputs = [o for cell in book["cells"] for o in cell.get("outputs", [])]
-    last = [o for o in outputs if o.get("name") == "stdout"][-1]
-    print(f"executed notebook: {notebook}")
-    print("".join(last["text"]).strip())

@@ -6,7 +6,7 @@
 __all__ = ['PRECISIONS', 'EARLY', 'AT_ONCE', 'SPREAD', 'AMPERE', 'lr_factor', 'parameter_groups', 'make_optimiser', 'set_lr',
            'make_sampler', 'autocast', 'train_step', 'seconds_per_step', 'estimate', 'health', 'train_epoch',
            'save_checkpoint', 'path_before', 'append_checksum', 'circumstances', 'changed_circumstances',
-           'load_checkpoint', 'Run', 'progress_bar', 'embed', 'check_finite', 'collapse', 'check_precision',
+           'load_checkpoint', 'Run', 'progress_bar', 'EpochBar', 'embed', 'check_finite', 'collapse', 'check_precision',
            'precision_words']
 
 # %% ../nbs/21_training.ipynb #08cf3b5a
@@ -419,13 +419,25 @@ def fit(self: Run, progress: bool = True) -> pd.DataFrame:
 def progress_bar(total: int, done: int, show: bool = True) -> Any:
     """A bar of steps: a widget in JupyterLab, a line every few seconds elsewhere.
 
-    Papermill passes text on to the terminal with `--log-output`, and no widgets.
+    Papermill passes text on to the terminal, and no widgets. A terminal that does not say
+    how large it is gets the bar, too.
     """
     common = {"total": total, "initial": done, "disable": not show, "unit": "step"}
     if papermill_command():
-        size = {"ncols": 88, "nrows": 20}  # of a terminal that does not say
-        return text_tqdm(**common, file=sys.stdout, mininterval=5, **size)
+        size = {"ncols": 88, "nrows": 20}
+        return EpochBar(**common, file=sys.stdout, mininterval=5, leave=False, **size)
     return tqdm(**common)
+
+
+class EpochBar(text_tqdm):
+    """A bar of text that leaves a line for each epoch, and nothing else."""
+
+    def set_postfix(self, *given: Any, **values: Any) -> None:
+        """Show the values at the end of an epoch, and go on in a new line."""
+        super().set_postfix(*given, **values)
+        if not self.disable:
+            self.refresh()
+            self.fp.write("\n")
 
 # %% ../nbs/21_training.ipynb #cf7f62d4
 @patch
