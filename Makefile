@@ -12,7 +12,7 @@ SEEDS ?=
 ARGS ?=
 RUN = $(BIN)/papermill --no-progress-bar --log-output nbs/train.ipynb
 
-.PHONY: demo test lab train reproduce install notebooks docs docs-serve clean
+.PHONY: demo test check-gpu lab train reproduce install notebooks docs docs-serve clean
 
 install: .venv/installed
 
@@ -39,6 +39,9 @@ test: install  ## notebooks and modules in step, every notebook, every test
 	$(BIN)/python tests/in_step.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_file_re '^[_.]|^train'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+check-gpu: install  ## on one GPU, eight minutes at most: right, resumable, how fast
+	@$(BIN)/python -m tests.gpu
 
 lab: install  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'injected_parameters', 'Plan', 'make_plan',
            'change_recipe', 'check_machine', 'Data', 'open_data', 'start', 'data_key', 'score', 'score_table',
-           'one_line', 'begin_record', 'end_record', 'save_weights', 'draw', 'ranked_images', 'carry_out',
+           'one_line', 'watched', 'begin_record', 'end_record', 'save_weights', 'draw', 'ranked_images', 'carry_out',
            'page_records', 'page_scores', 'page_curves', 'report']
 
 # %% ../nbs/25_runs.ipynb #59e2a2e5
@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
+from tqdm.auto import tqdm
 
 from . import figures
 from .batches import PackedImages, pack
@@ -64,11 +65,13 @@ from .tables import METRIC_TITLES, recipe_of, seed_values
 from afen.training import (
     PRECISIONS,
     Run,
+    check_chunk,
+    check_compiler,
     check_precision,
     collapse,
     embed,
     estimate,
-    precision_words,
+    memory_words,
 )
 
 # %% ../nbs/25_runs.ipynb #74ff377b
@@ -98,7 +101,10 @@ CHANGES = {
 }
 HOW = {
     "steps": Parameter(int, low=1, optional=True),
+    "chunk": Parameter(int, low=2, optional=True),
     "device": Parameter(str),
+    "compile": Parameter(bool),
+    "watch": Parameter(int, low=1, optional=True),
     "rerank": Parameter(bool),
     "out": Parameter(str, optional=True),
     "resume": Parameter(bool),
@@ -118,7 +124,7 @@ PARAMETERS = WHICH | CHANGES | SWITCHES | HOW
 DEFAULTS: dict[str, Any] = {name: None for name in PARAMETERS} | {
     "dataset": "pocket-regdb", "method": "afen", "preset": "auto", "trial": 1,
     "gallery": "random", "noise": 0.0, "seed": 0, "options": {}, "rerank": False,
-    "device": "auto", "resume": True,
+    "device": "auto", "compile": False, "resume": True,
 }  # fmt: skip
 
 # %% ../nbs/25_runs.ipynb #6668a0ff
@@ -153,6 +159,8 @@ class Plan:
         which = {k: self.given[k] for k in WHICH if k != "root"}
         recipe = asdict(self.recipe) | {"drops": list(self.recipe.drops)}
         how = {"steps": self.given["steps"], "precision": recipe.pop("precision")}
+        if self.given["chunk"]:  # absent otherwise, so that names of runs stay
+            how["chunk"] = self.given["chunk"]
         return which | how | {"recipe": recipe, "options": self.options}
 
 # %% ../nbs/25_runs.ipynb #71c3af3c
@@ -182,7 +190,7 @@ def make_plan(given: Mapping[str, Any]) -> Plan:
             "of a state dict."
         )
     changed = [k for k in changes if getattr(recipe, k) != getattr(whole, k)]
-    changed += [k for k in ("steps", "noise") if p[k]]
+    changed += [k for k in ("steps", "noise", "chunk") if p[k]]
     changed += [k for k, v in options.items() if v != switches[k]]
     plan = Plan(p, recipe, options, tuple(changed), Path())
     folder = p["out"] or project_root() / "runs" / run_id(plan.parameters)
@@ -198,8 +206,15 @@ def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 # %% ../nbs/25_runs.ipynb #e6b0c1d6
 def check_machine(plan: Plan) -> None:
-    """Raise ValueError if the plan's device has no fast arithmetic of its precision."""
-    check_precision(pick_device(plan.given["device"]), plan.recipe.precision)
+    """Raise ValueError if the device cannot, or not fast, do what the plan asks of it.
+
+    That is its precision, `chunk`, which is not for every method, and `compile`.
+    """
+    p, device = plan.given, pick_device(plan.given["device"])
+    check_precision(device, plan.recipe.precision)
+    check_chunk(method_class(p["method"]), p["chunk"])
+    if p["compile"]:
+        check_compiler(device)
 
 # %% ../nbs/25_runs.ipynb #009b92cc
 @dataclass(frozen=True)
@@ -288,13 +303,17 @@ def start(plan: Plan, data: Data) -> Run:
         folder=plan.folder,
         key=digest(plan.parameters, data_key(data)),
         resume=p["resume"],
+        chunk=p["chunk"],
+        compiled=p["compile"],
     )
+    if p["watch"]:
+        run.watch = p["watch"], lambda: watched(plan, data, run)
     if run.epoch:
         print(f"Going on from epoch {run.epoch} (-p resume False starts again).")
     if left := plan.recipe.epochs - run.epoch:
         cost = estimate(run.seconds, run.steps, left)
-        words = precision_words(run.device, plan.recipe.precision)
-        print(f"{run.device.type}, {words}: about {cost}")
+        print(f"{run.device.type}, {run.words}: about {cost}")
+        print(memory_words(run.memory()))
     return run
 
 
@@ -338,6 +357,17 @@ def one_line(scores: Mapping[str, list[Scores]]) -> str:
     ]
     return " | ".join(parts)
 
+# %% ../nbs/25_runs.ipynb #89c4d485
+def watched(plan: Plan, data: Data, run: Run) -> dict[str, float]:
+    """The test scores of an epoch under way: printed, and two columns for its row."""
+    modality, flip = data.split.test.modality, plan.recipe.flip
+    features = embed(run.method, data.test, modality, flip, device=run.device)
+    scores = evaluate_trials(features, data.split, False)
+    label = "chosen on test data, as released scripts do"
+    tqdm.write(f"epoch {run.epoch} ({label}): {one_line(scores)}")
+    means = summarise(next(iter(scores.values())))
+    return {f"watched_{name}": means[name]["mean"] for name in ("rank1", "mAP")}
+
 # %% ../nbs/25_runs.ipynb #d260569f
 def begin_record(plan: Plan, data: Data) -> dict[str, Any]:
     """Note in the folder that a run has begun, and have the notebook kept.
@@ -372,13 +402,12 @@ def end_record(
     reduced = (*plan.changed, *data.departures)
     status = run_status(p["dataset"], p["preset"], data.rendered, reduced)
     seconds = sum(row["seconds"] for row in run.rows)
-    words = precision_words(run.device, plan.recipe.precision)
     record |= {
         "status": status,
         "reason": "; ".join([*_why(plan, status), *data.departures, *run.warnings]),
         "scores": {s: _entry(s, each, split) for s, each in scores.items()},
         "history": rounded_rows(run.rows),
-        "machine": machine(run.device, seconds, words),
+        "machine": machine(run.device, seconds, run.words),
     }
     return write_record(record, plan.folder)
 
