@@ -159,8 +159,8 @@ class Plan:
         which = {k: self.given[k] for k in WHICH if k != "root"}
         recipe = asdict(self.recipe) | {"drops": list(self.recipe.drops)}
         how = {"steps": self.given["steps"], "precision": recipe.pop("precision")}
-        if self.given["chunk"]:  # absent otherwise, so that names of runs stay
-            how["chunk"] = self.given["chunk"]
+        if chunk := self.given.get("chunk"):  # only then, so that names of runs stay
+            how["chunk"] = chunk
         return which | how | {"recipe": recipe, "options": self.options}
 
 # %% ../nbs/25_runs.ipynb #71c3af3c

@@ -40,7 +40,8 @@ QUICK = {"preset": "pocket", "epochs": 2, "steps": 1, "identities": 2, "images":
 def small_recipe(name, **changes):
     """A method's pocket recipe with four identities in a batch."""
     pocket = method_class(name).recipes["pocket"]
-    return replace(pocket, identities=4, images=2, **changes)
+    size = {"height": 32, "width": 16, "identities": 4, "images": 2}
+    return replace(pocket, **size | changes)
 
 
 def made_up_batch(recipe, draws=1, device=CPU, seed=0):
