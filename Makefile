@@ -62,7 +62,7 @@ notebooks: install  ## export the modules, run every notebook, clean them
 
 docs: install  ## the site, from the committed notebooks: docs/_build/html
 	$(BIN)/python docs/build_pages.py
-	$(BIN)/sphinx-build -W --keep-going -n -q -j 2 -c docs docs/_build/source docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going -n -a -q -j 2 -c docs docs/_build/source docs/_build/html
 	@echo "The site is docs/_build/html/index.html; make docs-serve shows it."
 
 docs-serve: docs  ## the site at http://localhost:8000

@@ -179,29 +179,37 @@ def may_see(
     return np.ones((len(query_ids), len(gallery_ids)), dtype=bool)
 
 # %% ../nbs/20_evaluation.ipynb #0cae2f07
-def _identity_ranks(
-    order: np.ndarray,  # [Q, G] gallery rows from near to far
-    first: np.ndarray,  # [Q] rank over images of the first match
-    gallery_ids: np.ndarray,
+def _sort_keys(
+    distances: np.ndarray,  # [Q, G], finite
+    kept: np.ndarray,  # [Q, G] bool
 ) -> np.ndarray:
-    """The rank of the first match over identities: [Q]."""
-    n_gallery = len(gallery_ids)
-    position = np.empty_like(order)  # [Q, G], the inverse of each row of `order`
-    np.put_along_axis(position, order, np.arange(n_gallery)[None], axis=1)
-    by_identity = np.argsort(gallery_ids, kind="stable")
-    _, starts = np.unique(gallery_ids[by_identity], return_index=True)
-    nearest_image = np.minimum.reduceat(position[:, by_identity], starts, axis=1)
-    return 1 + (nearest_image < first[:, None] - 1).sum(axis=1)  # [Q]
+    """Unsigned integers that sort as the distances do; the largest where not `kept`."""
+    kind = {"float32": np.uint32, "float64": np.uint64}.get(distances.dtype.name)
+    if kind:
+        bits = (distances + 0).view(kind)  # + 0: minus zero is zero
+        sign = kind(1 << (8 * bits.itemsize - 1))
+        keys = np.where(bits & sign, ~bits, bits | sign)
+    else:  # whole numbers, and other floats
+        keys = np.unique(distances, return_inverse=True)[1].reshape(distances.shape)
+        keys = keys.astype(np.uint64)
+    return np.where(kept, keys, np.iinfo(keys.dtype).max)
 
 # %% ../nbs/20_evaluation.ipynb #2e38ce75
-def _ranked_matches(
-    distances: np.ndarray, matches: np.ndarray, kept: np.ndarray  # each [Q, G]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The order of the gallery [Q, G], and row and rank of every match, row by row."""
-    far = np.where(kept, distances, np.inf)
-    order = np.argsort(far, axis=1, kind="stable")  # [Q, G]
-    rows, columns = np.nonzero(np.take_along_axis(matches, order, axis=1))
-    return order, rows, columns + 1
+def _count_nearer(
+    keys: np.ndarray,  # [Q, G] from `_sort_keys`
+    rows: np.ndarray,  # [M] of the matches, ascending
+    columns: np.ndarray,  # [M]
+) -> np.ndarray:
+    """How many images stand before each match; of equal ones the earlier: [M]."""
+    ordered, own = np.sort(keys, axis=1), keys[rows, columns]
+    ends = np.searchsorted(rows, np.arange(len(keys) + 1))
+    below, up_to = np.empty((2, len(rows)), np.int64)
+    for line, start, end in zip(ordered, ends[:-1], ends[1:]):
+        below[start:end] = line.searchsorted(own[start:end])
+        up_to[start:end] = line.searchsorted(own[start:end], "right")
+    for m in np.flatnonzero(up_to > below + 1):  # ties
+        below[m] += np.count_nonzero(keys[rows[m], : columns[m]] == own[m])
+    return below
 
 # %% ../nbs/20_evaluation.ipynb #694ec2bb
 def _measure_ranks(
@@ -216,6 +224,23 @@ def _measure_ranks(
     return has, ranks[(ends - n)[has]], precision, penalty
 
 # %% ../nbs/20_evaluation.ipynb #08e26a14
+def _identity_ranks(
+    keys: np.ndarray,  # [Q, G] from `_sort_keys`
+    first: np.ndarray,  # [Q] column of the first match
+    gallery_ids: np.ndarray,
+) -> np.ndarray:
+    """The rank of the first match over identities: [Q]."""
+    by_identity = np.argsort(gallery_ids, kind="stable")
+    names, starts = np.unique(gallery_ids[by_identity], return_index=True)
+    own = np.take_along_axis(keys, first[:, None], axis=1)  # [Q, 1]
+    closest = np.minimum.reduceat(keys[:, by_identity], starts, axis=1)  # [Q, I]
+    ranks = 1 + np.count_nonzero(closest < own, axis=1)
+    for row in np.flatnonzero(np.count_nonzero(closest == own, axis=1) > 1):  # ties
+        earlier = gallery_ids[: first[row]][keys[row, : first[row]] == own[row]]
+        ranks[row] += np.isin(names[closest[row] == own[row]], earlier).sum()
+    return ranks
+
+# %% ../nbs/20_evaluation.ipynb #b77c1e04
 def _measure(
     distances: np.ndarray,  # [Q, G]
     query_ids: np.ndarray,
@@ -226,11 +251,14 @@ def _measure(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """First match's rank, AP and INP of each query that has a match it may see."""
     kept = may_see(query_ids, gallery_ids, query_cams, gallery_cams, protocol)
-    matches = kept & (query_ids[:, None] == gallery_ids)  # [Q, G]
-    order, rows, ranks = _ranked_matches(distances, matches, kept)
-    has, first, precision, penalty = _measure_ranks(rows, ranks, len(distances))
+    keys = _sort_keys(distances, kept)
+    rows, columns = np.nonzero(kept & (query_ids[:, None] == gallery_ids))
+    nearer = _count_nearer(keys, rows, columns)
+    order = np.lexsort((nearer, rows))  # within each query from near to far
+    has, first, precision, penalty = _measure_ranks(rows, nearer[order] + 1, len(keys))
     if protocol != "regdb":
-        first = _identity_ranks(order[has], first, gallery_ids)
+        starts = np.searchsorted(rows, np.flatnonzero(has))
+        first = _identity_ranks(keys[has], columns[order][starts], gallery_ids)
     return first, precision, penalty
 
 # %% ../nbs/20_evaluation.ipynb #7ff1e8e0
@@ -260,8 +288,8 @@ def _check_distances(distances: np.ndarray) -> None:
     for count, side in zip(distances.shape, ("query", "gallery"), strict=True):
         if count == 0:
             raise ValueError(f"The {side} set is empty: give at least one image.")
-    bad = np.argwhere(~np.isfinite(distances))
-    if len(bad):
+    if not np.isfinite(distances).all():
+        bad = np.argwhere(~np.isfinite(distances))
         raise ValueError(
             f"{len(bad)} distances are not finite, the first of query {bad[0][0]} and "
             f"gallery image {bad[0][1]}: check the features for NaN."
@@ -359,6 +387,8 @@ def evaluate(
     g_ids, g_cams = _labels("gallery", gallery_ids, gallery_cams, n_gallery, protocol)
     if (q_ids.dtype.kind == "U") != (g_ids.dtype.kind == "U"):
         raise ValueError("One side has text for identities, the other numbers: give one.")
+    both = np.unique(np.concatenate([q_ids, g_ids]), return_inverse=True)[1]
+    q_ids, g_ids = both[:n_query], both[n_query:]  # small numbers compare fastest
     blocks = [
         _measure(distances[rows], q_ids[rows], g_ids, q_cams[rows], g_cams, protocol)
         for rows in _blocks(n_query, n_gallery)

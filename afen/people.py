@@ -128,10 +128,10 @@ def _sample_cloth(
     style, patterned, pitch = rng.random(3)
     rgb = [colorsys.hsv_to_rgb(h, 0.8 * s**0.7, 0.12 + 0.8 * v) for h, s, v in hsv]
     colour = _spread(np.array(rgb), difficulty.palette)  # [2, 3]
-    own = np.array([first, second if survives < 0.5 else first])  # [2]
-    own = _spread(0.1 + 0.8 * own, difficulty.palette)
-    free = difficulty.dye / 2
-    near = (1 - free) * colour.mean(1) + free * own  # [2]
+    dye = np.array([first, second if survives < 0.5 else first])  # [2]
+    dye = _spread(0.1 + 0.8 * dye, difficulty.palette)
+    share = difficulty.dye / 2
+    near = (1 - share) * colour.mean(1) + share * dye  # [2]
     plain = 2 * patterned >= difficulty.palette
     name = "plain" if plain else _PATTERNS[1 + int(style * 3)]
     tones = tuple(tuple(tone) for tone in colour.tolist())
@@ -743,7 +743,7 @@ def _place(
     return body, joints, x, y
 
 # %% ../nbs/01_people.ipynb #698a80b3
-def _seen(
+def _to_pixels(
     joints: np.ndarray, x: np.ndarray, y: np.ndarray, depth: np.ndarray,
     hidden: np.ndarray,
 ) -> np.ndarray:
@@ -767,7 +767,7 @@ def _draw(
     person: Person, spectrum: str, camera: Camera, moment: Moment,
     size: tuple[int, int], difficulty: Difficulty,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Radiance before any sensor, [H, W, C], and the joints as `_seen` gives them."""
+    """Radiance before any sensor, [H, W, C], and the joints as `_to_pixels` gives them."""
     room = _room(person.seed, camera.room)
     image = _background(room, moment, spectrum, size, difficulty.clutter)
     body, joints, x, y = _place(person, moment, size)
@@ -780,7 +780,7 @@ def _draw(
     box = _occluder(moment.occluder, difficulty.occlusion)
     if box is not None:
         hidden[_paint(image, box, moment.paint[4, _CHANNELS[spectrum]])] = True
-    return image, _seen(joints, x, y, depth, hidden)
+    return image, _to_pixels(joints, x, y, depth, hidden)
 
 # %% ../nbs/01_people.ipynb #7d398126
 def render(
@@ -807,7 +807,7 @@ def render(
 
 # %% ../nbs/01_people.ipynb #738755a1
 def reference_sheet() -> np.ndarray:
-    """Six people, a spectrum a row, rendered now: uint8 [288, 288, 3]."""
+    """Six people, one spectrum per row, rendered now: uint8 [288, 288, 3]."""
     people = [(sample_person(7, k), camera) for k, camera in enumerate(_SYSU)]
     return np.vstack([
         np.hstack([render(p, spectrum, c, view=c.number)[0] for p, c in people])

@@ -731,7 +731,7 @@ def _split_block(whole: str, path: Path | str, name: str) -> tuple[str, str, str
         )
     return parts[1], parts[2], parts[3]
 
-# %% ../nbs/23_tables.ipynb #da6ff141
+# %% ../nbs/23_tables.ipynb #a3a9ebb8
 def state_block(
     records: Iterable[Mapping[str, Any]],  # all that are kept
     row_parameters: Iterable[Mapping[str, Any]],  # parameters of the runs of the table's rows
@@ -755,15 +755,14 @@ def state_block(
 def _state(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """One column of the state: what was run, when and on what."""
     done = [record for record in records if record["status"] != "failed"]
-    on = [record["machine"] for record in done]
-    machines = {f"{m['device']}, {m['threads']} thread(s), {m['precision']}" for m in on}
+    machines = [record["machine"] for record in done]
     methods = {record["parameters"]["method"] for record in done}
-    hours = sum(m["seconds"] for m in on) / 3600
+    hours = sum(machine["seconds"] for machine in machines) / 3600
     return {
         "finished runs": str(len(done)),
         "failed runs": str(len(records) - len(done)),
         "methods": str(len(methods)),
         "last run": max((r["started"][:10] for r in done), default="none"),
-        "hardware": "; ".join(sorted(machines)) or "none",
+        "hardware": "; ".join(sorted({m["device"] for m in machines})) or "none",
         "hours of training": f"{hours:.1f}",
     }

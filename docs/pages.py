@@ -213,15 +213,20 @@ def maker(stem: str) -> str:
 
 def record_ids(table: Path) -> list[str]:
     """The runs whose numbers a figure's table holds."""
+    if not table.exists():
+        return []
     with table.open(newline="") as file:
-        return sorted({row["id"] for row in csv.DictReader(file) if row.get("id")})
+        rows = [row.get("id") or row.get("run") for row in csv.DictReader(file)]
+    return sorted({name for name in rows if name})
 
 
-def run_links(ids: list[str]) -> str:
-    """Folded links to the kept records of runs."""
+def run_links(stem: str) -> str:
+    """Folded links to the kept records of a figure's runs."""
+    ids = record_ids(ROOT / "figures" / f"{stem}.csv")
+    if not ids:
+        smoke = "Its table names no runs; the notebook says which they are."
+        return smoke if stem.startswith("smoke_") else "It is drawn from no run."
     kept = [i for i in ids if (ROOT / "data" / "records" / f"{i}.json").exists()]
-    if not kept:
-        return ""
     links = ", ".join(f"[{i}](../data/records/{i}.json)" for i in kept)
     word = "record" if len(kept) == 1 else "records"
     return f"<details><summary>{len(kept)} {word}</summary>\n\n{links}\n\n</details>"
@@ -239,8 +244,7 @@ def figures() -> str:
         links = ", ".join(f"[{end}](../figures/{stem}.{end})" for end in files)
         made = maker(stem)
         text.append(f"Made by [{made}](../{made}.ipynb); {links}.")
-        table = folder / f"{stem}.csv"
-        text.append(run_links(record_ids(table)) if table.exists() else "")
+        text.append(run_links(stem))
     pictured = {path.stem for path in folder.glob("*.txt")}
     rows = ["| file | made by |", "| --- | --- |"]
     for path in sorted(folder.iterdir()):

@@ -1,12 +1,13 @@
 """The pages of the methods: their runs, their recipes by the released rules."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_decisions import committed, rerun
+from test_decisions import NBS, ROOT, cells, committed, rerun
 
 from afen import runs
 from afen.augment import FILL, LUMA, MEAN, normalise, to_float
@@ -210,3 +211,43 @@ def test_views_have_the_released_chances(name):
 def test_the_plan_of_how_to_reproduce_is_that_of_the_records():
     pages, _ = rerun("how_to_reproduce")
     assert pages and pages == committed("how_to_reproduce")
+
+
+# --- what a reader meets first --------------------------------------------------------
+
+ANSWERS = ["index", "table1", "pocket", "ablation", "decisions"]
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_code_of_a_results_page_is_folded(name):
+    for cell in cells(NBS / f"{name}.ipynb", "code"):
+        assert cell["metadata"].get("jupyter") == {"source_hidden": True}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_results_page_begins_with_the_answer(name):
+    """At most a screen of words, then an output, whatever folded code makes it."""
+    words = []
+    for cell in cells(NBS / f"{name}.ipynb"):
+        if cell["cell_type"] == "markdown":
+            words += "".join(cell["source"]).split()
+        elif cell["outputs"]:
+            break
+    assert len(words) < 120
+
+
+def test_the_readme_is_short_and_in_the_order_of_its_readers():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) < 900
+    heads = re.findall(r"^## (.+)", text, re.M)
+    assert heads == [
+        "Two commands", "What holds", "On your data", "Use a trained model",
+        "Where to read on", "What it is not for", "Licence",
+    ]  # fmt: skip
+    assert text.index("afen_network.png") < text.index("## Two commands")
+
+
+def test_links_of_the_readme_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (ROOT / link).exists(), link
