@@ -143,8 +143,9 @@ def place_joints(
     y = joints[:, :, 1] + (placement.pad - top)[:, None]
     in_image = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     moved = torch.stack([x, y, joints[:, :, 2] * in_image], dim=2)  # [B, 17, 3]
-    mirror = moved[:, MIRRORED] * moved.new_tensor([-1, 1, 1])
-    mirror = mirror + moved.new_tensor([width, 0, 0])
+    order = beside(torch.tensor(MIRRORED), moved)
+    sign, shift = beside(torch.tensor([[-1.0, 1, 1], [width, 0, 0]]), moved)
+    mirror = moved[:, order] * sign.to(moved.dtype) + shift.to(moved.dtype)
     return torch.where(flipped[:, None, None], mirror, moved)
 
 # %% ../nbs/04_augment.ipynb #418083c9

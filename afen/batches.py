@@ -6,7 +6,7 @@
 __all__ = ['CHUNK', 'PIXELS', 'AHEAD', 'SortedRows', 'sort_rows', 'draw_rows', 'draw_distinct_rows', 'IdentitySampler',
            'check_sampler', 'Decoded', 'decode', 'reason', 'try_decode', 'decode_all', 'unreadable', 'file_parts',
            'write_checked', 'is_intact', 'PackedImages', 'read_rows', 'file_hash', 'content_key', 'pack',
-           'check_request', 'Batch', 'joints_of', 'make_batch', 'batches']
+           'check_request', 'Batch', 'joints_of', 'send', 'make_batch', 'batches']
 
 # %% ../nbs/03_batches.ipynb #96d98ad8
 import io
@@ -461,6 +461,13 @@ def joints_of(
     return torch.from_numpy(joints.reshape(-1, 17, 3) * scale)  # [B, 17, 3]
 
 # %% ../nbs/03_batches.ipynb #1d5a7763
+def send(values: Tensor, device: torch.device | str) -> Tensor:
+    """The values on `device`; to CUDA through pinned memory, without blocking."""
+    if torch.device(device).type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 def make_batch(
     packed: PackedImages,  # row i is row i of the table
     train_table: pd.DataFrame,  # with `label`, perhaps with joints
@@ -473,9 +480,9 @@ def make_batch(
     halves = visible_rows, infrared_rows
     labels = train_table["label"].to_numpy(np.int64)
     images = [packed.batch(rows, device) for rows in halves]
-    labels = [torch.from_numpy(labels[rows]).to(device) for rows in halves]
+    labels = [send(torch.from_numpy(labels[rows]), device) for rows in halves]
     joints = [joints_of(packed, train_table, rows) for rows in halves]
-    joints = [None if half is None else half.to(device) for half in joints]
+    joints = [None if half is None else send(half, device) for half in joints]
     return Batch(*images, *labels, *halves, *joints, generator)
 
 # %% ../nbs/03_batches.ipynb #4935afa3

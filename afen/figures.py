@@ -182,7 +182,7 @@ def loss_curves(
 ) -> Figure:
     """The total loss of each epoch and its terms.
 
-    Columns `lr` and `seconds` are no terms. Raises ValueError when `epoch` or `loss` is
+    Columns `lr`, `seconds` and those of a watched run are no terms. Raises ValueError when `epoch` or `loss` is
     missing or there is no row.
     """
     _need(metrics, "epoch", "loss")
@@ -192,7 +192,7 @@ def loss_curves(
     if len(metrics) == 1:
         black["marker"] = "*"
     _line(axes, metrics.epoch, metrics.loss, "total", **black)
-    no_terms = ["epoch", "lr", "loss", "seconds"]
+    no_terms = ["epoch", "lr", "loss", "seconds", "watched_rank1", "watched_mAP"]
     for term in metrics.columns.difference(no_terms, sort=False):
         _line(axes, metrics.epoch, metrics[term], term)
     axes.set(xlabel="epoch", ylabel="loss", ylim=(0, None))

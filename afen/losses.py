@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLAMP', 'full_precision', 'pairwise_distances', 'masked_softmax', 'weighted_distances', 'soft_margin',
            'weighted_regularized_triplet', 'identity_loss', 'batch_hard_triplet', 'intra_modality_triplet',
-           'identity_centres', 'leaky_softmax', 'check_labels', 'check_batch']
+           'identity_centres', 'leaky_softmax', 'on_host', 'check_labels', 'check_batch']
 
 # %% ../nbs/13_losses.ipynb #f2f03d39
 from collections.abc import Callable
@@ -192,6 +192,11 @@ def leaky_softmax(
     return powers / (powers.sum(dim=1, keepdim=True) + 1e-6)
 
 # %% ../nbs/13_losses.ipynb #a17df9a9
+def on_host(labels: Tensor) -> bool:
+    """Whether the values can be read without waiting for another device."""
+    return labels.device.type == "cpu"
+
+
 def check_labels(
     logits: Tensor,  # [N, n_identities]
     labels: Tensor,  # [N]
@@ -203,6 +208,8 @@ def check_labels(
             f"The logits hold {rows} rows and the labels have shape "
             f"{tuple(labels.shape)}: give one label to each row."
         )
+    if not on_host(labels):
+        return
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= outputs:
         raise ValueError(
@@ -222,6 +229,8 @@ def check_batch(
             f"The features have shape {tuple(features.shape)} and the labels "
             f"{tuple(labels.shape)}: give features [N, D] and labels [N]."
         )
+    if not on_host(labels):
+        return
     identities, counts = labels.unique(return_counts=True)
     if len(identities) < 2:
         raise ValueError(

@@ -7,7 +7,7 @@ __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'OTH
            'make_plan', 'start_file', 'change_recipe', 'check_machine', 'check_folder', 'last_record', 'fewer_epochs',
            'sibling_words', 'Data', 'open_data', 'check_switches', 'data_line', 'start', 'data_key', 'joints_key',
            'other_images', 'finished_record', 'changed_data', 'go_to_end', 'record_line', 'score', 'score_table',
-           'one_line', 'begin_record', 'end_record', 'save_weights', 'sealed_weights', 'are_intact', 'draw',
+           'one_line', 'watched', 'begin_record', 'end_record', 'save_weights', 'sealed_weights', 'are_intact', 'draw',
            'ranked_images', 'carry_out', 'page_records', 'page_scores', 'page_curves']
 
 # %% ../nbs/25_runs.ipynb #59e2a2e5
@@ -27,6 +27,7 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save
+from tqdm.auto import tqdm
 
 from . import figures
 from .backbone import first_difference, not_finite
@@ -75,10 +76,13 @@ from .tables import METRIC_TITLES, recipe_of, seed_values
 from afen.training import (
     PRECISIONS,
     Run,
+    check_chunk,
+    check_compiler,
     check_precision,
     collapse,
     embed,
     estimate,
+    memory_words,
     path_before,
     precision_words,
 )
@@ -113,7 +117,10 @@ CHANGES = {
 }
 HOW = {
     "steps": Parameter(int, low=1, optional=True),
+    "chunk": Parameter(int, low=2, optional=True),
     "device": Parameter(str),
+    "compile": Parameter(bool),
+    "watch": Parameter(int, low=1, optional=True),
     "rerank": Parameter(bool),
     "out": Parameter(str, optional=True),
     "resume": Parameter(bool),
@@ -133,7 +140,7 @@ PARAMETERS = WHICH | CHANGES | SWITCHES | HOW
 DEFAULTS: dict[str, Any] = {name: None for name in PARAMETERS} | {
     "dataset": "pocket-regdb", "method": "afen", "preset": "auto", "trial": 1,
     "gallery": "random", "noise": 0.0, "seed": 0, "options": {}, "rerank": False,
-    "device": "auto", "resume": True,
+    "device": "auto", "compile": False, "resume": True,
 }  # fmt: skip
 
 # %% ../nbs/25_runs.ipynb #b2241ef6
@@ -185,6 +192,8 @@ class Plan:
         if self.weights_hash:  # what a file holds decides, not where it lies
             recipe["weights"] = f"file:{self.weights_hash}"
         how = {"steps": self.given["steps"], "precision": recipe.pop("precision")}
+        if chunk := self.given.get("chunk"):  # only then, so that names of runs stay
+            how["chunk"] = chunk
         return which | how | {"recipe": recipe, "options": self.options}
 
 # %% ../nbs/25_runs.ipynb #71c3af3c
@@ -210,7 +219,7 @@ def make_plan(given: Mapping[str, Any]) -> Plan:
     file = start_file(recipe.weights)
     recipe = replace(recipe, weights=str(file or recipe.weights))
     changed = [k for k in changes if getattr(recipe, k) != getattr(whole, k)]
-    changed += [k for k in ("steps", "noise") if p[k]]
+    changed += [k for k in ("steps", "noise", "chunk") if p[k]]
     changed += [k for k, v in options.items() if v != switches[k]]
     plan = Plan(p, recipe, options, tuple(changed), Path(), digest(file) if file else "")
     folder = p["out"] or project_root() / "runs" / run_id(plan.parameters)
@@ -242,11 +251,16 @@ def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 # %% ../nbs/25_runs.ipynb #e6b0c1d6
 def check_machine(plan: Plan) -> None:
-    """Raise ValueError if the plan's device has no fast arithmetic of its precision.
+    """Raise ValueError if the device cannot, or not fast, do what the plan asks of it.
 
-    And what `check_folder` raises.
+    That is its precision, `chunk`, which is not for every method, and `compile`. And what
+    `check_folder` raises.
     """
-    check_precision(pick_device(plan.given["device"]), plan.recipe.precision)
+    p, device = plan.given, pick_device(plan.given["device"])
+    check_precision(device, plan.recipe.precision)
+    check_chunk(method_class(p["method"]), p["chunk"])
+    if p["compile"]:
+        check_compiler(device)
     check_folder(plan)
 
 
@@ -280,6 +294,7 @@ def last_record(plan: Plan) -> dict[str, Any] | None:
             f"Delete {short_path(path)} or use another -p out, as it is no record of a "
             f"run: {error}"
         ) from None
+
 
 # %% ../nbs/25_runs.ipynb #e6b0c1db
 def fewer_epochs(record: Mapping[str, Any], plan: Plan) -> str:
@@ -424,7 +439,11 @@ def start(plan: Plan, data: Data) -> Run:
         folder=plan.folder,
         key=digest(plan.parameters, data_key(data), joints_key(data)),
         resume=p["resume"] and not finished,
+        chunk=p["chunk"],
+        compiled=p["compile"],
     )
+    if p["watch"]:
+        run.watch = p["watch"], lambda: watched(plan, data, run)
     if finished:
         go_to_end(run, plan, finished)
     elif run.epoch:
@@ -433,8 +452,8 @@ def start(plan: Plan, data: Data) -> Run:
         print(*sibling_words(plan), sep="\n", end="\n" * bool(sibling_words(plan)))
     if left := plan.recipe.epochs - run.epoch:
         cost = estimate(run.seconds, run.steps, left)
-        words = precision_words(run.device, plan.recipe.precision)
-        print(f"{run.device.type}, {words}: about {cost}")
+        print(f"{run.device.type}, {run.words}: about {cost}")
+        print(memory_words(run.memory()))
     return run
 
 # %% ../nbs/25_runs.ipynb #f75d3d24
@@ -547,6 +566,17 @@ def one_line(scores: Mapping[str, list[Scores]]) -> str:
     ]
     return " | ".join(parts)
 
+# %% ../nbs/25_runs.ipynb #89c4d485
+def watched(plan: Plan, data: Data, run: Run) -> dict[str, float]:
+    """The test scores of an epoch under way: printed, and two columns for its row."""
+    modality, flip = data.split.test.modality, plan.recipe.flip
+    features = embed(run.method, data.test, modality, flip, device=run.device)
+    scores = evaluate_trials(features, data.split, False)
+    label = "chosen on test data, as released scripts do"
+    tqdm.write(f"epoch {run.epoch} ({label}): {one_line(scores)}")
+    means = summarise(next(iter(scores.values())))
+    return {f"watched_{name}": means[name]["mean"] for name in ("rank1", "mAP")}
+
 # %% ../nbs/25_runs.ipynb #d260569f
 def begin_record(plan: Plan, data: Data) -> dict[str, Any]:
     """Note in the folder that a run has begun, and have the notebook kept.
@@ -592,13 +622,12 @@ def end_record(
     reduced = (*plan.changed, *data.departures)
     status = run_status(p["dataset"], p["preset"], data.rendered, reduced)
     seconds = sum(row["seconds"] for row in run.rows)
-    words = precision_words(run.device, plan.recipe.precision)
     record |= {
         "status": status,
         "reason": "; ".join([*_why(plan, status), *data.departures, *run.warnings]),
         "scores": entries,
         "history": rounded_rows(run.rows),
-        "machine": machine(run.device, seconds, words),
+        "machine": machine(run.device, seconds, run.words),
     }
     return write_record(record, plan.folder)
 

@@ -4,19 +4,24 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'EARLY', 'AT_ONCE', 'SPREAD', 'AMPERE', 'lr_factor', 'parameter_groups', 'make_optimiser', 'set_lr',
-           'make_sampler', 'autocast', 'train_step', 'seconds_per_step', 'estimate', 'health', 'train_epoch',
-           'save_checkpoint', 'path_before', 'append_checksum', 'circumstances', 'changed_circumstances',
-           'load_checkpoint', 'Run', 'progress_bar', 'EpochBar', 'embed', 'check_finite', 'collapse', 'check_precision',
-           'precision_words']
+           'make_sampler', 'check_training_labels', 'autocast', 'make_scaler', 'train_step', 'backward',
+           'add_gradients', 'backward_in_chunks', 'chunk_rows', 'cached_features', 'kept_buffers', 'check_chunk',
+           'seconds_per_step', 'kept_state', 'estimate', 'saved_bytes', 'memory_of_step', 'memory_words', 'health',
+           'train_epoch', 'save_checkpoint', 'path_before', 'append_checksum', 'circumstances', 'changed_circumstances',
+           'load_checkpoint', 'prepare_device', 'compiled_parts', 'compile_method', 'check_compiler', 'Run',
+           'progress_bar', 'EpochBar', 'embed', 'check_finite', 'collapse', 'check_precision', 'precision_words']
 
 # %% ../nbs/21_training.ipynb #08cf3b5a
 import math
+import os
 import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm as text_tqdm
 from tqdm.auto import tqdm
 
@@ -47,7 +52,8 @@ from afen.core import (
     time_step,
     torch_generator,
 )
-from .backbone import MODALITIES, first_difference
+from .backbone import MODALITIES, DualResNet, Head, first_difference
+from .losses import check_batch, check_labels
 from .method import Method, Recipe, check_modality
 
 # %% ../nbs/21_training.ipynb #35bfee57
@@ -95,6 +101,8 @@ def make_optimiser(method: Method) -> torch.optim.Optimizer:
     """The recipe's optimiser over the method's groups, at the initial rate."""
     recipe, groups = method.recipe, parameter_groups(method)
     common = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    if next(method.parameters()).device.type == "cuda":
+        common["fused"] = True  # all weights in one kernel, and no wait for a scaler
     if nearest(recipe.optimiser, ("sgd", "adam", "adamw"), "optimiser") == "sgd":
         common |= {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
         return torch.optim.SGD(groups, **common)
@@ -133,8 +141,26 @@ def make_sampler(
         lenient=bool(wrong),
     )
 
+# %% ../nbs/21_training.ipynb #c5a65397
+def check_training_labels(
+    labels: np.ndarray,  # int [N], of the training table
+    drawn: np.ndarray,  # int [B], of a batch that the sampler drew
+    n_identities: int,  # outputs of the classifier
+) -> None:
+    """Raise ValueError unless labels have outputs and a batch has two identities.
+
+    Every batch of the sampler has as many identities and images as any other.
+    """
+    every, batch = torch.tensor(labels), torch.tensor(drawn)
+    check_labels(torch.empty(1, 1).expand(len(every), n_identities), every)
+    check_batch(batch[:, None], batch)
+
 # %% ../nbs/21_training.ipynb #f07203e7
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -142,45 +168,149 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     dtype = PRECISIONS[precision]
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
+# %% ../nbs/21_training.ipynb #7f1d1da7
+def make_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
+    """The loss's scaler for float16; one that does nothing for the other precisions."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "float16")
+
 # %% ../nbs/21_training.ipynb #9b15b789
 def train_step(
     method: Method,
     optimiser: torch.optim.Optimizer,
     batch: Batch,
     epoch: int,  # from 0
-    precision: str,  # "float32" or "bfloat16"
+    precision: str,  # one of PRECISIONS
+    scaler: torch.amp.GradScaler | None = None,  # the run's, for float16
+    chunk: int | None = None,  # views per pass; all at once if None
 ) -> dict[str, Tensor]:
-    """One step of the optimiser; returns the detached losses."""
-    device = batch.visible.device
+    """One step of the optimiser; returns the detached losses, still on the device."""
+    scaler = scaler or make_scaler(batch.visible.device, precision)
     optimiser.zero_grad(set_to_none=True)
-    with autocast(device, precision):
-        losses = method.losses(batch, epoch)
-    total = sum(losses.values())
-    total.backward()
+    if chunk:
+        losses = backward_in_chunks(method, batch, precision, scaler, chunk)
+    else:
+        losses = backward(method, batch, epoch, precision, scaler)
     if method.recipe.clip:
+        scaler.unscale_(optimiser)
         torch.nn.utils.clip_grad_norm_(method.parameters(), method.recipe.clip)
-    optimiser.step()
-    return {name: loss.detach() for name, loss in losses.items()} | {
-        "loss": total.detach()
-    }
+    scaler.step(optimiser)
+    scaler.update()
+    return losses
+
+
+def backward(
+    method: Method,
+    batch: Batch,
+    epoch: int,
+    precision: str,
+    scaler: torch.amp.GradScaler,
+) -> dict[str, Tensor]:
+    """Add the gradients of a batch's losses; returns them and their sum, detached."""
+    with autocast(batch.visible.device, precision):
+        losses = method.losses(batch, epoch)
+    return add_gradients(losses, scaler)
+
+
+def add_gradients(
+    losses: dict[str, Tensor], scaler: torch.amp.GradScaler
+) -> dict[str, Tensor]:
+    """Differentiate the sum of the losses; returns all, detached."""
+    total = sum(losses.values())
+    scaler.scale(total).backward()
+    detached = {name: loss.detach() for name, loss in losses.items()}
+    return detached | {"loss": total.detach()}
+
+# %% ../nbs/21_training.ipynb #090a0503
+def backward_in_chunks(
+    method: Method,  # with `views` and `pooled_losses`, as AGW has
+    batch: Batch,
+    precision: str,
+    scaler: torch.amp.GradScaler,
+    chunk: int,  # views per pass, at most
+) -> dict[str, Tensor]:
+    """As `backward`, by Eq. (1): no more than `chunk` views at once in the network."""
+    visible, infrared, labels = method.views(batch)
+    n = min(math.ceil(len(labels) / chunk), len(visible), len(infrared))
+    parts = [(visible[i::n], infrared[i::n]) for i in range(n)]
+    where = chunk_rows(len(visible), len(infrared), n, labels.device)
+    pooled = cached_features(method, parts, precision)[where.argsort()]
+    with autocast(labels.device, precision):
+        losses = method.pooled_losses(pooled.requires_grad_(), labels)
+    detached = add_gradients(losses, scaler)
+    gradients = pooled.grad[where].split([len(v) + len(i) for v, i in parts])
+    for part, gradient in zip(parts, gradients):
+        with autocast(labels.device, precision):
+            features = method.head.pool(method.net(*part))
+        features.backward(gradient)
+    return detached
+
+
+def chunk_rows(visible: int, infrared: int, n: int, device: torch.device) -> Tensor:
+    """The rows of the views, chunk after chunk: int64 [visible + infrared]."""
+    rows = torch.arange(visible + infrared, device=device).split([visible, infrared])
+    return torch.cat([half[i::n] for i in range(n) for half in rows])
+
+
+@torch.no_grad()
+def cached_features(
+    method: Method,
+    parts: list[tuple[Tensor, Tensor]],  # visible and infrared views of each chunk
+    precision: str,
+) -> Tensor:
+    """The pooled features of all chunks; batch norm's running means stay."""
+    with kept_buffers(method), autocast(parts[0][0].device, precision):
+        return torch.cat([method.head.pool(method.net(*part)) for part in parts])
+
+
+@contextmanager
+def kept_buffers(method: Method) -> Iterator[None]:
+    """Put the method's buffers back in the end, such as batch norm's running means."""
+    kept = [(buffer, buffer.clone()) for buffer in method.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+
+def check_chunk(kind: type[Method], chunk: int | None) -> None:
+    """Raise ValueError if a method cannot be trained in chunks."""
+    if chunk and not hasattr(kind, "pooled_losses"):
+        raise ValueError(
+            f"Method {kind.name} cannot be trained in chunks, as its losses need more "
+            "of a batch than pooled features: leave out -p chunk, or lower -p identities."
+        )
 
 # %% ../nbs/21_training.ipynb #0bc49509
-def seconds_per_step(method: Method, batch: Batch) -> float:
+def seconds_per_step(
+    method: Method,
+    batch: Batch,
+    chunk: int | None = None,  # views per pass
+) -> float:
     """The seconds of a training step in the recipe's precision, the faster of two.
 
     The method's state is restored.
     """
     device = batch.visible.device
-    state = {name: value.clone() for name, value in method.state_dict().items()}
     optimiser = torch.optim.SGD(method.parameters(), lr=0.0)
     precision = method.recipe.precision
-    step = lambda: train_step(method, optimiser, batch, 0, precision)
-    seconds = time_step(step, device)
-    method.load_state_dict(state)
-    optimiser.zero_grad(set_to_none=True)
+    step = lambda: train_step(method, optimiser, batch, 0, precision, chunk=chunk)
+    with kept_state(method):
+        seconds = time_step(step, device)
     if device.type == "cuda":  # the record's peak is that of the training
         torch.cuda.reset_peak_memory_stats(device)
     return seconds
+
+
+@contextmanager
+def kept_state(method: Method) -> Iterator[None]:
+    """Put the method's state back in the end, and drop its gradients."""
+    state = {name: value.clone() for name, value in method.state_dict().items()}
+    try:
+        yield
+    finally:
+        method.load_state_dict(state)
+        method.zero_grad(set_to_none=True)
 
 # %% ../nbs/21_training.ipynb #93cbbbae
 def estimate(
@@ -197,6 +327,52 @@ def estimate(
     return (
         f"{epochs} epochs x {steps} steps x {seconds:.2f} s = {total / size:.1f} {unit}"
     )
+
+# %% ../nbs/21_training.ipynb #acf83b0f
+def saved_bytes(method: Method, batch: Batch) -> int:
+    """Bytes that the forward pass of a batch keeps for the backward pass."""
+    weights = {t.untyped_storage().data_ptr() for t in method.state_dict().values()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    same = lambda tensor: tensor
+    with torch.autograd.graph.saved_tensors_hooks(note, same), kept_state(method):
+        with autocast(batch.visible.device, method.recipe.precision):
+            losses = method.losses(batch, 0)  # alive, so that no address comes twice
+            del losses
+    return sum(size for place, size in kept.items() if place not in weights)
+
+
+def memory_of_step(
+    method: Method,
+    small: list[Batch],  # two batches of different sizes
+    images: int,  # in a batch of the recipe
+    share: float = 1.0,  # of the views that is in a pass, for chunks
+) -> dict[str, int]:
+    """Bytes of a training step, by what needs them, and `total`."""
+    sizes = [len(batch.visible) + len(batch.infrared) for batch in small]
+    low, high = (saved_bytes(method, batch) for batch in small)
+    slope = (high - low) / (sizes[1] - sizes[0])
+    learning = sum(p.numel() * p.element_size() for p in method.parameters())
+    state = sum(t.numel() * t.element_size() for t in method.state_dict().values())
+    moments = 1 if method.recipe.optimiser == "sgd" else 2
+    parts = {
+        "weights": state,
+        "gradients": learning,
+        "optimiser": moments * learning,
+        "activations": round(low + slope * (share * images - sizes[0])),
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def memory_words(memory: dict[str, int]) -> str:
+    """The memory of a step in words."""
+    *parts, total = (f"{name} {size / 1e6:,.0f}" for name, size in memory.items())
+    return f"memory of a step in MB: {total} ({', '.join(parts)})"
 
 # %% ../nbs/21_training.ipynb #722f892d
 EARLY = 50  # steps after which something may be expected
@@ -239,20 +415,28 @@ def train_epoch(
     epoch: int,  # from 0
     seed: int,
     bar: Any = None,  # a tqdm bar to advance, if any
+    scaler: torch.amp.GradScaler | None = None,  # the run's, for float16
+    chunk: int | None = None,  # views per pass
 ) -> dict[str, float]:
-    """Train on every batch of `stream`; return the mean of each loss."""
+    """Train on every batch of `stream`; return the mean of each loss.
+
+    The losses are summed on the device and fetched once, in the end.
+    """
     method.train()
     sums: dict[str, Tensor] = {}
     device = next(method.parameters()).device
     for step, batch in enumerate(stream):
         torch.manual_seed(torch_generator("layers", seed, epoch, step).initial_seed())
-        losses = train_step(method, optimiser, batch, epoch, method.recipe.precision)
-        for name, loss in losses.items():  # summed on the device: no wait per step
+        losses = train_step(
+            method, optimiser, batch, epoch, method.recipe.precision, scaler, chunk
+        )
+        for name, loss in losses.items():
             wide = loss.float() if device.type == "mps" else loss.double()
             sums[name] = sums.get(name, 0) + wide
         if bar is not None:
             bar.update()
-    return {name: float(total) / (step + 1) for name, total in sums.items()}
+    totals = torch.stack([*sums.values()]).tolist()
+    return {name: total / (step + 1) for name, total in zip(sums, totals)}
 
 # %% ../nbs/21_training.ipynb #85b4f5c9
 def save_checkpoint(path: Path, **state: Any) -> None:
@@ -342,6 +526,46 @@ def load_checkpoint(
         state["warnings"].append(sentence)
     return state
 
+# %% ../nbs/21_training.ipynb #7d2d227b
+def prepare_device(device: torch.device) -> None:
+    """Have cuDNN time its algorithms at first use: images have one size."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+
+
+def compiled_parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The parts of a method that are compiled, each for itself.
+
+    Stems and stages, and what is beside them; single layers gain nothing.
+    """
+    inside = (Method, DualResNet, Head, nn.ModuleList, nn.ModuleDict)
+    for part in module.children():
+        if isinstance(part, inside):
+            yield from compiled_parts(part)
+        elif any(part.children()):
+            yield part
+
+
+def compile_method(method: Method, backend: str = "inductor") -> None:
+    """Have torch.compile make the code of the method's parts; weights keep their names."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 64)  # stages share their code
+    for part in compiled_parts(method):
+        part.compile(backend=backend)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise ValueError if torch.compile lacks the compiler for a device."""
+    compilers = [os.environ.get("CXX", "g++"), "clang++"]
+    there = {"cpu": any(map(shutil.which, compilers)), "cuda": find_spec("triton")}
+    if not there.get(device.type, False):
+        needs = {"cpu": "a C++ compiler (g++)", "cuda": "the package triton"}
+        needs = needs.get(device.type, "another device")
+        raise ValueError(
+            f"torch.compile needs {needs} for {device}: install it, or leave out "
+            "-p compile True."
+        )
+
 # %% ../nbs/21_training.ipynb #a679d279
 class Run:
     """One training: what it needs, where it stands, and how to go on.
@@ -362,12 +586,22 @@ class Run:
         folder: Path | None = None,
         key: str = "",  # hash of the run's parameters
         resume: bool = False,
+        chunk: int | None = None,  # views per pass; the whole batch if None
+        compiled: bool = False,  # whether torch.compile makes the network's code
     ):
+        check_chunk(type(method), chunk)
+        prepare_device(device)
+        self.chunk, self.compiled = chunk, compiled
+        self.watch: tuple[int, Callable[[], dict[str, float]]] | None = None
         self.table, self.packed, self.seed, self.device = table, packed, seed, device
         self.method = method.to(device, memory_format=torch.channels_last)
         self.sampler = make_sampler(table, method.recipe, seed, method.draws)
         self.steps = min(steps or len(self.sampler), len(self.sampler))
+        self._check_labels()
         self.optimiser = make_optimiser(self.method)
+        self.scaler = make_scaler(device, method.recipe.precision)
+        if compiled:
+            compile_method(self.method)
         self.folder, self.key, self.epoch = folder, key, 0
         self.rows: list[dict[str, float]] = []
         self.warnings: list[str] = []
@@ -375,7 +609,56 @@ class Run:
         if saved:
             self._restore(saved)
         else:
-            self.seconds = seconds_per_step(self.method, next(self.stream(0)))
+            self.seconds = self.measure()
+
+# %% ../nbs/21_training.ipynb #b90672c0
+@patch
+def _check_labels(self: Run) -> None:
+    """Raise ValueError unless the training table's labels fit the method."""
+    labels, (rows, *_) = self.table.label.to_numpy(), self.sampler.draw(0, 0)
+    drawn = labels[rows[: len(rows) // self.method.draws]]
+    check_training_labels(labels, drawn.repeat(2), self.method.n_identities)
+
+# %% ../nbs/21_training.ipynb #cf3d883b
+@patch
+def memory(self: Run) -> dict[str, int]:
+    """What a step needs, `memory_of_step` on batches of two identities."""
+    recipe, small = self.method.recipe, []
+    for images in (2, 4):
+        few = replace(recipe, identities=2, images=images)
+        sampler = make_sampler(self.table, few, self.seed, self.method.draws)
+        stream = batches(self.packed, self.table, sampler, 0, 0, self.device, self.seed)
+        small.append(next(stream))
+    whole = 2 * recipe.identities * recipe.images * self.method.draws
+    share = 1.0
+    if self.chunk:
+        views = len(self.method.views(small[0])[2]) / (2 * len(small[0].visible))
+        share = min(1.0, self.chunk / (views * whole))
+    return memory_of_step(self.method, small, whole, share)
+
+
+@patch
+def measure(self: Run) -> float:
+    """The seconds of a step on the first batch.
+
+    Raises MemoryError, with what a step needs, where the device has too little.
+    """
+    try:
+        return seconds_per_step(self.method, next(self.stream(0)), self.chunk)
+    except torch.OutOfMemoryError:
+        pass  # the memory that its traceback holds is free only after this block
+    raise MemoryError(
+        f"A step does not fit on {self.device}, {memory_words(self.memory())}: use "
+        "-p chunk 32 (agw, caj, afen), -p precision bfloat16, or fewer -p identities."
+    )
+
+
+@patch(as_prop=True)
+def words(self: Run) -> str:
+    """How a step is computed, as a record names it."""
+    words = precision_words(self.device, self.method.recipe.precision)
+    words += ", compiled" * self.compiled
+    return words + (f", {self.chunk} views per pass" if self.chunk else "")
 
 # %% ../nbs/21_training.ipynb #627b04a7
 @patch
@@ -439,6 +722,14 @@ class EpochBar(text_tqdm):
             self.refresh()
             self.fp.write("\n")
 
+# %% ../nbs/21_training.ipynb #0c547c84
+@patch
+def _watched(self: Run, epoch: int) -> dict[str, float]:
+    """The scores of an epoch that is watched; nothing for another."""
+    if self.watch is None or (epoch + 1) % self.watch[0]:
+        return {}
+    return self.watch[1]()
+
 # %% ../nbs/21_training.ipynb #cf7f62d4
 @patch
 def _one_epoch(self: Run, epoch: int, bar: Any) -> dict[str, float]:
@@ -448,8 +739,9 @@ def _one_epoch(self: Run, epoch: int, bar: Any) -> dict[str, float]:
     with autocast(self.device, recipe.precision):
         self.method.begin_epoch(epoch, self.sweep(epoch))
     losses = train_epoch(
-        self.method, self.optimiser, self.stream(epoch), epoch, self.seed, bar
-    )
+        self.method, self.optimiser, self.stream(epoch), epoch, self.seed, bar,
+        self.scaler, self.chunk,
+    )  # fmt: skip
     said = health(
         losses, self.method.n_identities, recipe, epoch, (epoch + 1) * self.steps
     )
@@ -457,10 +749,23 @@ def _one_epoch(self: Run, epoch: int, bar: Any) -> dict[str, float]:
         tqdm.write(f"warning: {sentence}")
     self.warnings += said
     seconds = time.perf_counter() - begun
-    self.rows.append({"epoch": epoch, "lr": lr, **losses, "seconds": seconds})
+    row = {"epoch": epoch, "lr": lr, **losses, "seconds": seconds}
+    self.rows.append(row | self._watched(epoch))
     self.epoch = epoch + 1
     self._save()
     return self.rows[-1]
+
+# %% ../nbs/21_training.ipynb #083ebc8c
+@patch(as_prop=True)
+def scale(self: Run) -> dict[str, Any]:
+    """The state of the loss's scaler, for a checkpoint; empty but for float16."""
+    return self.scaler.state_dict()
+
+
+@patch(set_prop=True, nm="scale")
+def _set_scale(self: Run, state: dict[str, Any]) -> None:
+    if state:
+        self.scaler.load_state_dict(state)
 
 # %% ../nbs/21_training.ipynb #d5d75649
 @patch
@@ -470,7 +775,7 @@ def _save(self: Run) -> None:
         return
     with atomic_path(self.folder / "metrics.csv") as draft:
         pd.DataFrame(self.rows).to_csv(draft, index=False)
-    names = ("key", "epoch", "rows", "warnings", "seconds")
+    names = ("key", "epoch", "rows", "warnings", "seconds", "scale")
     save_checkpoint(
         self.folder / "checkpoint.pt",
         method=self.method.state_dict(),
@@ -520,7 +825,7 @@ def embed(
     of images, FloatingPointError when the network gives no numbers.
     """
     method.eval()
-    features, words = None, np.asarray(modality)
+    units, order, words = [], [], np.asarray(modality)
     if not 0 < len(words) == len(packed):
         raise ValueError(
             f"There are {len(packed)} images and {len(words)} modalities: give at least "
@@ -536,11 +841,10 @@ def embed(
             images = packed.batch(part, device)
             views = [images, images.flip(3)] if flip else [images]
             mean = sum(method.embed(view, name).float() for view in views)
-            unit = F.normalize(mean).cpu().numpy()
-            check_finite(unit)
-            if features is None:
-                features = np.zeros((len(words), unit.shape[1]), np.float32)
-            features[part] = unit
+            units.append(F.normalize(mean))  # on the device: fetched once
+            order.append(part)
+    features = torch.cat(units).cpu().numpy()[np.concatenate(order).argsort()]
+    check_finite(features)
     return features
 
 # %% ../nbs/21_training.ipynb #e92e61a9
@@ -580,6 +884,11 @@ def check_precision(device: torch.device, precision: str) -> None:
     nearest(precision, PRECISIONS, "precision")
     avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     fast = {"cpu": avx512, "cuda": _since_ampere(device)}.get(device.type, True)
+    if precision == "float16" and device.type != "cuda":
+        raise ValueError(
+            f"float16 is for CUDA alone, and this is {device}: leave out -p precision "
+            "float16, or use bfloat16."
+        )
     if precision == "bfloat16" and not fast:
         raise ValueError(
             f"Device {device} has no fast bfloat16, as GPUs since Ampere and processors "

@@ -131,7 +131,13 @@ def views(self: AGW, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
 def losses(self: AGW, batch: Any, epoch: int) -> dict[str, Tensor]:
     """The identity loss and the metric loss."""
     visible, infrared, labels = self.views(batch)
-    pooled, _, logits = self.head(self.net(visible, infrared))
+    return self.pooled_losses(self.head.pool(self.net(visible, infrared)), labels)
+
+
+@patch
+def pooled_losses(self: AGW, pooled: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The losses of pooled features [N, C] and labels [N], all that they need."""
+    logits = self.head.classifier(self.head.neck(pooled))
     kind, stable = self.options["metric_loss"], self.options["stable"]
     return {
         "identity": identity_loss(logits, labels),

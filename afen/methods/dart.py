@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
+from ..augment import beside
 from afen.losses import (
     check_batch,
     check_labels,
@@ -176,7 +177,7 @@ def quadruplet_gap(
 # %% ../../nbs/methods/dart.ipynb #51ef85a5
 def _pick_positives(labels: Tensor, generator: torch.Generator) -> Tensor:
     """Six random other images with the anchor's label, with replacement; [N, 6]."""
-    uniform = torch.rand(len(labels), 6, generator=generator).to(labels.device)
+    uniform = beside(torch.rand(len(labels), 6, generator=generator), labels)
     positive = (labels[:, None] == labels).fill_diagonal_(False)  # [N, N]
     count = positive.sum(dim=1, keepdim=True)  # [N, 1]
     order = positive.int().argsort(dim=1, descending=True, stable=True)
@@ -233,7 +234,7 @@ def adaptive_quadruplet(
 @patch
 def batch_confidence(self: DART, judge: int, batch: Any) -> Tensor:
     """How sure a network is of a batch's labels, view after view: [3 B]."""
-    rows = view_rows(batch).to(self.confidence.device)
+    rows = beside(view_rows(batch), self.confidence)
     return self.confidence[judge].gather(1, rows).flatten()
 
 # %% ../../nbs/methods/dart.ipynb #07f0db91

@@ -43,6 +43,7 @@ from afen.losses import (
     identity_centres,
     identity_loss,
     intra_modality_triplet,
+    on_host,
     pairwise_distances,
 )
 from ..method import POCKET_RECIPE, Method, Recipe, check_modality
@@ -319,7 +320,8 @@ def msel(
     within = same & (visible[:, None] == visible)
     across = same & ~within
     within = within.logical_xor(torch.eye(n, dtype=torch.bool, device=labels.device))
-    if n % 2 or not (within.any(1) & across.any(1)).all():
+    paired = within.any(1) & across.any(1)  # [N]
+    if n % 2 or (on_host(paired) and not paired.all()):
         raise ValueError(
             "MSEL needs two images or more of each identity in each half of the batch: "
             "put the visible images first and draw the same identities in both."
