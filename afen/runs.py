@@ -84,7 +84,6 @@ from afen.training import (
     estimate,
     memory_words,
     path_before,
-    precision_words,
 )
 
 # %% ../nbs/25_runs.ipynb #74ff377b
