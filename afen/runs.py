@@ -308,8 +308,8 @@ def fewer_epochs(record: Mapping[str, Any], plan: Plan) -> str:
     if of[0] == of[1] or alike[0] != alike[1]:
         return ""
     return (
-        f"its schedule is squeezed into {of[1]} epochs, so that {of[0]} have other "
-        "learning rates from the first on and cannot go on from there: "
+        f"its schedule is spread over {of[1]} epochs and has other learning rates over "
+        f"{of[0]}, so that these cannot go on from there: "
     )
 
 
@@ -514,8 +514,10 @@ def go_to_end(run: Run, plan: Plan, record: Mapping[str, Any]) -> None:
     if words:
         raise ValueError(f"Weights {path} are damaged or of other code ({words}): {again}.")
     run.method.load_state_dict(state)
-    rows = pd.read_csv(plan.folder / "metrics.csv", float_precision="round_trip")
-    run.rows, run.epoch = rows.to_dict("records"), plan.recipe.epochs
+    rows = pd.read_csv(plan.folder / "metrics.csv", dtype=str).to_dict("records")
+    kinds = {"epoch": int}  # all else are floats, read to the last digit
+    run.rows = [{k: kinds.get(k, float)(v) for k, v in row.items()} for row in rows]
+    run.epoch = plan.recipe.epochs
     print(f"This run is finished and its network is opened; {again}.")
     print(f"Its record: {record_line(record)}")
 
