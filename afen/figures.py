@@ -182,8 +182,8 @@ def loss_curves(
 ) -> Figure:
     """The total loss of each epoch and its terms.
 
-    Columns `lr`, `seconds` and those of a watched run are no terms. Raises ValueError when `epoch` or `loss` is
-    missing or there is no row.
+    Columns `lr`, `seconds` and those of a watched run are no terms. Raises ValueError
+    when `epoch` or `loss` is missing or there is no row.
     """
     _need(metrics, "epoch", "loss")
     figure = canvas(smoke=smoke)
