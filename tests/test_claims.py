@@ -159,7 +159,7 @@ def test_without_records_all_is_not_run():
 
 
 def test_modules_that_act_are_counted():
-    cells = claims.Evidence("pocket", [], []).select(*claims.AFEN)
+    cells = claims.Evidence("pocket", [], []).select(*claims.AFEN_CELL)
     changes = [0.02, 0.01, 0.009, 0.5, 0.0, 0.0][: len(cells)]
     probes = [
         {"run": run, "measures": NOTHING | {"joins": [
