@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'OTHER_WORDS', 'injected_parameters', 'Plan',
            'make_plan', 'start_file', 'change_recipe', 'check_machine', 'check_folder', 'last_record', 'fewer_epochs',
-           'sibling_words', 'Data', 'open_data', 'check_switches', 'data_line', 'start', 'data_key', 'joints_key',
-           'other_images', 'finished_record', 'changed_data', 'go_to_end', 'record_line', 'score', 'score_table',
+           'sibling_words', 'Data', 'data_key', 'joints_key', 'other_images', 'open_data', 'check_switches',
+           'data_line', 'start', 'finished_record', 'changed_data', 'go_to_end', 'record_line', 'score', 'score_table',
            'one_line', 'watched', 'begin_record', 'end_record', 'save_weights', 'sealed_weights', 'are_intact', 'draw',
            'ranked_images', 'carry_out', 'page_records', 'page_scores', 'page_curves']
 
@@ -353,6 +353,35 @@ class Data:
             "test_identities": int(test.identity.nunique()),
         }
 
+# %% ../nbs/25_runs.ipynb #f75d3d24
+_WHO = ["identity", "camera", "modality"]
+
+
+def data_key(data: Data) -> str:
+    """The hash of the packed images, of who is on them, and of the training labels."""
+    train, test = data.split.train[[*_WHO, "label"]], data.split.test[_WHO]
+    images = data.train.path.stem, data.test.path.stem
+    return "2-" + digest(*images, train.to_csv(), test.to_csv())
+
+
+def _first_key(data: Data) -> str:
+    """The same as earlier revisions had it."""
+    test = data.split.test[_WHO]
+    return digest(data.train.path.stem, data.test.path.stem, test.to_csv())
+
+
+def joints_key(data: Data) -> str:
+    """The hash of the training images' joints; "" if there are none."""
+    train = data.split.train
+    there = set(JOINT_COLUMNS) <= set(train)
+    return digest(train[JOINT_COLUMNS].to_csv()) if there else ""
+
+
+def other_images(record: Mapping[str, Any], data: Data) -> bool:
+    """Whether a record is of other images, or of other people on them."""
+    key = record["data"]["hash"]
+    return key != (data_key(data) if key.startswith("2-") else _first_key(data))
+
 # %% ../nbs/25_runs.ipynb #675fcd88
 def _pack_both(
     split: Split,
@@ -454,35 +483,6 @@ def start(plan: Plan, data: Data) -> Run:
         print(f"{run.device.type}, {run.words}: about {cost}")
         print(memory_words(run.memory()))
     return run
-
-# %% ../nbs/25_runs.ipynb #f75d3d24
-_WHO = ["identity", "camera", "modality"]
-
-
-def data_key(data: Data) -> str:
-    """The hash of the packed images, of who is on them, and of the training labels."""
-    train, test = data.split.train[[*_WHO, "label"]], data.split.test[_WHO]
-    images = data.train.path.stem, data.test.path.stem
-    return "2-" + digest(*images, train.to_csv(), test.to_csv())
-
-
-def _first_key(data: Data) -> str:
-    """The same as earlier revisions had it."""
-    test = data.split.test[_WHO]
-    return digest(data.train.path.stem, data.test.path.stem, test.to_csv())
-
-
-def joints_key(data: Data) -> str:
-    """The hash of the training images' joints; "" if there are none."""
-    train = data.split.train
-    there = set(JOINT_COLUMNS) <= set(train)
-    return digest(train[JOINT_COLUMNS].to_csv()) if there else ""
-
-
-def other_images(record: Mapping[str, Any], data: Data) -> bool:
-    """Whether a record is of other images, or of other people on them."""
-    key = record["data"]["hash"]
-    return key != (data_key(data) if key.startswith("2-") else _first_key(data))
 
 # %% ../nbs/25_runs.ipynb #f75d3d27
 def finished_record(plan: Plan, data: Data) -> dict[str, Any] | None:
