@@ -265,7 +265,7 @@ def distance_table(
     if np.shape(distances) != same.shape:
         raise ValueError(
             f"Distances have shape {np.shape(distances)} for {same.shape[0]} query and "
-            f"{same.shape[1]} gallery images: give one row a query."
+            f"{same.shape[1]} gallery images: give one row per query."
         )
     if same.all() or not same.any():
         raise ValueError(

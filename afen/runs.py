@@ -791,7 +791,7 @@ def page_records(method: str) -> list[dict[str, Any]]:
 
 
 def page_scores(method: str) -> pd.DataFrame:
-    """The scores of `page_records` in per cent: a row a data set and setting.
+    """The scores of `page_records` in per cent: one row per data set and setting.
 
     `rank1`, `mAP` and `mINP` are means over `runs` seeds; `std`, `lowest` and `highest`
     are of Rank-1.
