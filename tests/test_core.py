@@ -20,10 +20,10 @@ from afen.runs import DEFAULTS, PARAMETERS, make_plan
         ("mecs_aftr", "mecs_after"),
         ("metric", "metric_loss"),
         ("Dataset", "dataset"),  # a name of Python's, so that its case counts
-        ("height", None),
-        ("weight_decay", None),
+        ("heigth", "height"),
+        ("weightdecay", "weight_decay"),
         ("optimizer", None),
-        ("batch_size", None),
+        ("momentum", None),
         ("depth", None),
         ("", None),
     ],
