@@ -21,8 +21,9 @@ from afen.runs import DEFAULTS, PARAMETERS, make_plan
         ("metric", "metric_loss"),
         ("Dataset", "dataset"),  # a name of Python's, so that its case counts
         ("heigth", "height"),
-        ("weight-decay", "weight_decay"),
+        ("weightdecay", "weight_decay"),
         ("optimizer", None),
+        ("momentum", None),
         ("depth", None),
         ("", None),
     ],

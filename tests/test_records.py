@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from afen.core import digest
 from afen.probes import load_probes, probes_folder
 from afen.records import (
     check_record,
     cpu_name,
     fingerprint,
+    keep_record,
     load_records,
     machine,
     read_record,
@@ -51,6 +53,63 @@ def test_a_name_and_a_hash_alone_are_refused_too():
     for wrong in ({"id": run_id(other)}, {"parameters_hash": "0" * 32}):
         with pytest.raises(ValueError, match="do not give its name and hash"):
             check_record(sealed(record | wrong))
+
+
+def forged(**changes):
+    """A record that is consistent in itself, of parameters that nobody could give."""
+    record = next(iter(RECORDS.values()))
+    p = record["parameters"] | changes
+    return sealed(record | {"parameters": p, "id": run_id(p), "parameters_hash": digest(p)})
+
+
+@pytest.mark.parametrize("dataset", ["../../outside", "/tmp/outside", "a b", "A", "a\n"])
+def test_a_forged_name_does_not_leave_the_folder_of_records(tmp_path, dataset):
+    run, kept = tmp_path / "run", tmp_path / "deep" / "er" / "kept"
+    run.mkdir()
+    kept.mkdir(parents=True)
+    (run / "record.json").write_text(json.dumps(forged(dataset=dataset)))
+    with pytest.raises(ValueError, match="is not valid at id"):
+        keep_record(run, kept)
+    assert [p.name for p in tmp_path.rglob("*.json")] == ["record.json"]
+
+
+@pytest.mark.parametrize("content, sentence", [
+    (b"[1, 2]", "is no JSON object"),
+    (b"null", "is no JSON object"),
+    (b"\xff\xfe{}", "is not JSON in UTF-8"),
+    (b"", "is not JSON in UTF-8"),
+    (b"[" * 100_000, "is not JSON in UTF-8"),
+    (b"{}", "is not valid at the record"),
+])  # fmt: skip
+def test_what_is_no_record_is_one_sentence(tmp_path, content, sentence):
+    path = tmp_path / "record.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        read_record(path)
+    assert "\n" not in str(caught.value) and str(caught.value).count(". ") == 0
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -0.1, 1.1])
+def test_scores_are_finite_fractions(tmp_path, number):
+    record = json.loads(json.dumps(next(iter(RECORDS.values()))))
+    entry = next(iter(record["scores"].values()))
+    for place in (entry["mean"], entry["each"][0], entry["std"]):
+        before, place["mAP"] = place["mAP"], number
+        if place is not entry["std"] or number != 1.1:  # a spread has no upper bound here
+            with pytest.raises(ValueError, match="NaN or infinity|is not valid at scores"):
+                check_record(sealed(record))
+        place["mAP"] = before
+
+
+def test_every_kept_record_is_checked_and_under_its_name(tmp_path):
+    record = next(iter(RECORDS.values()))
+    path = tmp_path / "another-name.json"
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="rename it"):
+        load_records(tmp_path)
+    path.write_text(json.dumps(record | {"reason": "made better"}))
+    with pytest.raises(ValueError, match="was changed after it was written"):
+        load_records(tmp_path)
 
 
 def test_the_machine_names_its_cpu(tmp_path, monkeypatch):
