@@ -10,7 +10,11 @@ DATASETS ?=
 METHODS ?=
 SEEDS ?=
 ARGS ?=
-RUN = $(BIN)/papermill --no-progress-bar --log-output nbs/train.ipynb
+# what cells print is shown; the rest goes to a log, of which a failed run's last words are
+ONE = runs/$(DATASET)-$(METHOD)
+RUN = $(BIN)/papermill --no-progress-bar --stdout-file - nbs/train.ipynb
+SAY = awk '/^[A-Za-z]*(Error|Exception|Interrupt): ./ {s = ""} {s = s $$0 "\n"} \
+  END {printf "%s", s; exit 1}'
 
 .PHONY: demo test check-gpu lab train reproduce install notebooks docs docs-serve clean
 
@@ -27,13 +31,14 @@ install: .venv/installed
 
 demo: install  ## train and evaluate AFEN on rendered people, in minutes
 	@mkdir -p runs
-	@$(RUN) runs/demo.ipynb
-	@$(BIN)/python -c "from afen.runs import report; report('runs/demo.ipynb')"
+	@$(RUN) runs/demo.ipynb 2>runs/demo.log || $(SAY) runs/demo.log
+	@echo "executed notebook: runs/demo.ipynb"
 
 train: install  ## one run: make train DATASET=regdb METHOD=afen ARGS="-p trial 2"
 	@mkdir -p runs
-	@$(RUN) runs/$(DATASET)-$(METHOD).ipynb -p dataset $(DATASET) -p method $(METHOD) $(ARGS)
-	@$(BIN)/python -c "from afen.runs import report; report('runs/$(DATASET)-$(METHOD).ipynb')"
+	@$(RUN) $(ONE).ipynb -p dataset $(DATASET) -p method $(METHOD) $(ARGS) 2>$(ONE).log \
+	  || $(SAY) $(ONE).log
+	@echo "executed notebook: $(ONE).ipynb"
 
 test: install  ## notebooks and modules in step, every notebook, every test
 	$(BIN)/python tests/in_step.py

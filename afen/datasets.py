@@ -1024,7 +1024,9 @@ def count_regdb(listing: Listing) -> tuple[Counts, set[str]]:
     )])  # fmt: skip
     halves = lines.groupby(["part", "trial"])
     people = halves.identity.agg(set).to_dict()
-    train, test = ([people.get((part, t), set()) for t in range(1, 11)] for part in ("train", "test"))
+    train, test = (
+        [people.get((part, t), set()) for t in range(1, 11)] for part in ("train", "test")
+    )
     shared = [one & other for one, other in zip(train, test)]
     alone = [_one_modality(half) for _, half in halves if half.modality.nunique() == 2]
     shortest = min(tables, key=lambda name: len(tables[name]), default="none")

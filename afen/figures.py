@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'COLOURS', 'RIGHT', 'WRONG', 'STYLE', 'SMOKE', 'STRIP', 'CAPTIONS', 'SIGNS', 'Point', 'Borders', 'style',
-           'canvas', 'finish', 'is_smoke', 'save', 'caption', 'saved_caption', 'loss_curves', 'learning_rate',
-           'cmc_table', 'cmc_curve', 'distance_table', 'distance_histograms', 'ranked_table', 'ranked_lists',
-           'seed_points', 'diagram']
+           'canvas', 'finish', 'is_smoke', 'save', 'caption', 'loss_curves', 'learning_rate', 'cmc_table', 'cmc_curve',
+           'distance_table', 'distance_histograms', 'ranked_table', 'ranked_lists', 'seed_points', 'diagram']
 
 # %% ../nbs/24_figures.ipynb #d94e0887
 from collections.abc import Iterator, Mapping, Sequence
@@ -158,10 +157,6 @@ def caption(
     return f"{CAPTIONS[name]} Data: {dataset}, {count}."
 
 
-def saved_caption(paths: Mapping[str, Path]) -> str:
-    """The caption that `save` has written, to be printed beneath the figure."""
-    return paths["txt"].read_text(encoding="utf-8").strip()
-
 # %% ../nbs/24_figures.ipynb #e4971874
 def _need(metrics: pd.DataFrame, *columns: str) -> None:
     """Refuse a table without these columns, or without rows."""
@@ -187,8 +182,8 @@ def loss_curves(
 ) -> Figure:
     """The total loss of each epoch and its terms.
 
-    Columns `lr`, `seconds` and those of a watched run are no terms. Raises ValueError when `epoch` or `loss` is
-    missing or there is no row.
+    Columns `lr`, `seconds` and those of a watched run are no terms. Raises ValueError
+    when `epoch` or `loss` is missing or there is no row.
     """
     _need(metrics, "epoch", "loss")
     figure = canvas(smoke=smoke)
@@ -270,7 +265,7 @@ def distance_table(
     if np.shape(distances) != same.shape:
         raise ValueError(
             f"Distances have shape {np.shape(distances)} for {same.shape[0]} query and "
-            f"{same.shape[1]} gallery images: give one row a query."
+            f"{same.shape[1]} gallery images: give one row per query."
         )
     if same.all() or not same.any():
         raise ValueError(
@@ -549,9 +544,9 @@ def _around(borders: Sequence[Borders], space: float = 0) -> Borders:
     return min(left) - space, min(bottom) - space, max(right) + space, max(top) + space
 
 
-def _draw_frame(axes: Axes, title: str, inside: Sequence[Borders]) -> Borders:
+def _draw_frame(axes: Axes, title: str, boxes: Sequence[Borders]) -> Borders:
     """A dashed frame about boxes, its title below their left corner."""
-    left, bottom, right, top = _around(inside, space=0.12)
+    left, bottom, right, top = _around(boxes, space=0.12)
     bottom -= 0.2
     look = {"boxstyle": "round,pad=0,rounding_size=0.08", "fc": "0.97", "ec": "0.5"}
     corner, sides = (left, bottom), (right - left, top - bottom)
@@ -580,15 +575,15 @@ def diagram(
         name: _place_box(axes, *box, "0.87" if name in strong else "white")
         for name, box in boxes.items()
     }
-    drawn = list(place.values())
+    borders = list(place.values())
     for start, end, *more in arrows:
         label, bends = (*more, *("", ())[len(more) :])
         start, end = (place[nearest(name, place, "box")] for name in (start, end))
-        drawn.append(_draw_arrow(axes, _route(start, end, bends), label))
+        borders.append(_draw_arrow(axes, _route(start, end, bends), label))
     for title, names in frames.items():
-        inside = [place[nearest(name, place, "box")] for name in names]
-        drawn.append(_draw_frame(axes, title, inside))
-    left, bottom, right, top = _around(drawn, space=0.05)
+        members = [place[nearest(name, place, "box")] for name in names]
+        borders.append(_draw_frame(axes, title, members))
+    left, bottom, right, top = _around(borders, space=0.05)
     figure.set_size_inches(right - left, top - bottom)
     axes.set(xlim=(left, right), ylim=(bottom, top))
     return finish(figure)

@@ -317,8 +317,8 @@ def strips(subject: Subject) -> Tables:
         return *response_shares(responses), x.shape[2:]
 
     tables: Tables = {"strips": [], "kernels": []}
-    (seen,) = subject.notes((MultiScale, look))
-    for name, notes in seen.items():
+    (by_module,) = subject.notes((MultiScale, look))
+    for name, notes in by_module.items():
         energy, variance = (torch.stack(x).mean(0) for x in list(zip(*notes))[:2])
         size = notes[0][2]  # (H, W)
         scales = subject.trained.get_submodule(name)
@@ -396,10 +396,9 @@ def white_response(
     refine: FeatureRefinement,
     mean: Tensor,  # [C] of the maps F
     deviation: Tensor,  # [C]
-    size: int = 32,  # positions of the map, either way
 ) -> dict[str, Tensor]:
     """Spectra of F, Q, R and S for white noise F: [6] each."""
-    shape = (4, len(mean), size, size)
+    shape = (4, len(mean), 32, 32)  # [B, C, H, W]
     white = torch.randn(shape, generator=torch_generator("white noise")).to(mean.device)
     F = mean[:, None, None] + deviation[:, None, None] * white
     return {k: spectrum(x).mean(0) for k, x in refined_maps(refine, F).items()}
@@ -417,8 +416,8 @@ def frequencies(subject: Subject) -> Tables:
         return spectra | moments
 
     tables: Tables = {"spectra": [], "response": []}
-    outside, inside = subject.notes((FEM, ends), (FeatureRefinement, inner))
-    for name, notes in (outside | inside).items():
+    of_fem, of_frm = subject.notes((FEM, ends), (FeatureRefinement, inner))
+    for name, notes in (of_fem | of_frm).items():
         mean = {k: torch.cat([n[k] for n in notes]).mean(0) for k in notes[0]}
         if "square" in mean:
             middle, square = mean.pop("mean"), mean.pop("square")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASET_TITLES', 'SETTING_TITLES', 'METRIC_TITLES', 'CELL', 'TOLERANCE', 'NEEDED', 'VERDICTS', 'PROTOCOL',
-           'NO_ACCESS', 'NOT_YET', 'OTHER_RECIPE', 'NONE_OF_ROW', 'STANDING', 'COLUMNS', 'FEWEST', 'published',
+           'NO_ACCESS', 'NOT_YET', 'OTHER_RECIPE', 'NONE_OF_ROW', 'STANDING', 'COLUMNS', 'DRAWS', 'FEWEST', 'published',
            'departures', 'verdict', 'is_rendered', 'real_records', 'check_entry', 'recipe_of', 'row_records',
            'over_splits', 'cell_result', 'table1', 'row_verdicts', 'outcome', 'number', 'plus_minus', 'wide_table',
            'missing_reasons', 'notes', 'markdown', 'flat_table', 'table1_markdown', 'tex', 'table1_tex', 'sortable',
@@ -564,14 +564,15 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 # %% ../nbs/23_tables.ipynb #9e1459d8
+DRAWS = 10_000  # of the bootstrap
+
+
 def bootstrap_interval(
     differences: Sequence[float],
-    draws: int = 10_000,
-    seed: int = 0,
 ) -> tuple[float, float]:
-    """The 95 per cent interval of the mean, Eq. 1; the same seed gives the same one."""
+    """The 95 per cent interval of the mean, Eq. 1; each time the same."""
     d = np.asarray(differences, float)
-    chosen = np.random.default_rng(seed).integers(len(d), size=(draws, len(d)))
+    chosen = np.random.default_rng(0).integers(len(d), size=(DRAWS, len(d)))
     low, high = np.quantile(d[chosen].mean(axis=1), [0.025, 0.975])
     return float(low), float(high)
 
@@ -602,7 +603,6 @@ def compare(
     second: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     metric: str,
     setting: str,
-    seed: int = 0,  # of the bootstrap
 ) -> Comparison:
     """Second minus first over the splits and seeds that both have.
 
@@ -624,7 +624,7 @@ def compare(
         )
     pairs["difference"] = pairs["second"] - pairs["first"]
     d = pairs["difference"].to_numpy()
-    interval = bootstrap_interval(d, seed=seed) if len(d) >= FEWEST else None
+    interval = bootstrap_interval(d) if len(d) >= FEWEST else None
     return Comparison(pairs.reset_index(), float(d.mean()), interval)
 
 
@@ -640,11 +640,10 @@ def _paired(
 # %% ../nbs/23_tables.ipynb #e5501876
 def seed_values(
     records: Iterable[Mapping[str, Any]],
-    metrics: Iterable[str] = tuple(METRIC_TITLES),
 ) -> pd.DataFrame:
-    """`scores_table` of these metrics, `value` in per cent, without std, n and over."""
+    """`scores_table` of METRIC_TITLES, `value` in per cent, without std, n and over."""
     table = scores_table(records).drop(columns=["std", "n", "over"])
-    table = table[table["metric"].isin(list(metrics))].reset_index(drop=True)
+    table = table[table["metric"].isin(list(METRIC_TITLES))].reset_index(drop=True)
     return table.assign(value=100 * table["value"].astype(float))
 
 

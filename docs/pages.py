@@ -67,7 +67,7 @@ def signature(entry: dict) -> str:
         kept = lines[node.lineno - 1 : node.end_lineno]
         return "\n".join(kept if len(kept) <= 14 else [*kept[:12], "    ..."])
     body = node.body[0]
-    if ast.get_docstring(node) is None and len(node.body) == 1:
+    if isinstance(node, ast.ClassDef) and len(node.body) == 1 and not docstring(node):
         return "\n".join(lines[node.lineno - 1 : body.end_lineno])
     return "\n".join(lines[node.lineno - 1 : body.lineno - 1]).rstrip()
 
@@ -342,6 +342,7 @@ def section(source: Path, part: dict) -> str:
 def front(table: list[dict], text: str) -> str:
     """The first page: the state of the reproduction, and all sections."""
     readme = (ROOT / "README.md").read_text()
-    state = re.search(r"<!-- generated: state -->\n(.+?)\n", readme)[1]
+    block = re.search(r"<!-- generated: state -->\n(.+?)<!-- end", readme, re.S)[1]
+    state = block.split("\n|")[0].strip()  # without its table
     tree = toctree([*(part["page"] for part in table), "api/index"])
     return text.replace("{{state}}", state) + "\n" + tree

@@ -32,21 +32,21 @@ def values(*numbers):
     ((np.nan,) * 6, "not run"),
 ])  # fmt: skip
 def test_the_rule_of_signs(numbers, word):
-    assert claims.verdict(values(*numbers)) == word
+    assert claims.judge_numbers(values(*numbers)) == word
 
 
 @pytest.mark.parametrize("sign, word", [(1, "supported"), (-1, "not supported")])
 def test_the_rule_of_size(sign, word):
-    assert claims.verdict(sign * values(1, 2, 3, 4, 5, 6), bar=BARS) == word
+    assert claims.judge_numbers(sign * values(1, 2, 3, 4, 5, 6), bar=BARS) == word
     short = sign * values(1, 2, 3, 3, 5, 6)
-    assert claims.verdict(short, bar=BARS) == "inconclusive"
-    unknown = claims.verdict(sign * values(9, 9, 9), bar=BARS * np.nan)
+    assert claims.judge_numbers(short, bar=BARS) == "inconclusive"
+    unknown = claims.judge_numbers(sign * values(9, 9, 9), bar=BARS * np.nan)
     assert unknown == "inconclusive"
 
 
 def test_an_idle_test_is_inconclusive():
     none = values(*[np.nan] * 6)
-    assert claims.verdict(none, none.isna()) == "inconclusive"
+    assert claims.judge_numbers(none, none.isna()) == "inconclusive"
     change = values(0.009, 0.02, 0.5, 0.009, 0.02, 0.5)
     test = claims.inner_test(0, "", values(1, 2, 3, 4, 5, 6), change)
     assert test.idle.tolist() == [True, False, False] * 2
@@ -136,10 +136,10 @@ def rows_with_gains(*gains):
 
 
 @pytest.mark.parametrize("gains, said", [
-    ((1, 2, 3), "+2.0 on pocket-regdb (95 % interval −0.5 to +4.5, 3 pairs of runs); "
+    ((1, 2, 3), "+2.0 on pocket-regdb (95 % interval over 3 seeds: −0.5 to +4.5); "
                 "no difference is shown."),
-    ((9.9, 10, 10.1), "3 pairs of runs); AFEN is better."),
-    ((-9.9, -10, -10.1), "3 pairs of runs); AFEN is worse."),
+    ((9.9, 10, 10.1), "to +10.2); AFEN is better."),
+    ((-9.9, -10, -10.1), "to −9.8); AFEN is worse."),
     ((4,), "+4.0 on pocket-regdb (1 pair of runs); no difference is shown."),
     ((), "Rendered people: not run."),
 ])  # fmt: skip
@@ -159,7 +159,7 @@ def test_without_records_all_is_not_run():
 
 
 def test_modules_that_act_are_counted():
-    cells = claims.Evidence("pocket", [], []).select(*claims.AFEN)
+    cells = claims.Evidence("pocket", [], []).select(*claims.AFEN_CELL)
     changes = [0.02, 0.01, 0.009, 0.5, 0.0, 0.0][: len(cells)]
     probes = [
         {"run": run, "measures": NOTHING | {"joins": [

@@ -20,10 +20,9 @@ from afen.runs import DEFAULTS, PARAMETERS, make_plan
         ("mecs_aftr", "mecs_after"),
         ("metric", "metric_loss"),
         ("Dataset", "dataset"),  # a name of Python's, so that its case counts
-        ("height", None),
-        ("weight_decay", None),
+        ("heigth", "height"),
+        ("weight-decay", "weight_decay"),
         ("optimizer", None),
-        ("batch_size", None),
         ("depth", None),
         ("", None),
     ],

@@ -26,7 +26,6 @@ from afen.figures import (
     ranked_lists,
     ranked_table,
     save,
-    saved_caption,
     seed_points,
     style,
 )
@@ -133,7 +132,8 @@ def test_a_caption_names_data_and_seeds(tmp_path):
     text = caption("seed_points", "pocket-sysu", 3)
     assert text.startswith(CAPTIONS["seed_points"]) and "pocket-sysu, 3 seeds." in text
     paths = save(seed_points(POINTS, smoke=True), tmp_path / "points", POINTS, text)
-    assert saved_caption(paths).startswith(text) and "Rendered data" in saved_caption(paths)
+    saved = paths["txt"].read_text(encoding="utf-8")
+    assert saved.startswith(text) and "Rendered data" in saved
 
 
 def test_an_axis_says_what_it_shows_and_its_unit():

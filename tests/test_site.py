@@ -257,7 +257,7 @@ def site(tmp_path_factory) -> Path:
                 text += done.stdout + done.stderr
                 text += f"exit {done.returncode}\n" if done.returncode else ""
             log.write_text(text)
-    (HTML / "log.txt").write_text(log.read_text())
+    (HTML.parent / "log.txt").write_text(log.read_text())
     return HTML
 
 
@@ -286,7 +286,7 @@ def html_pages(site: Path) -> list[Path]:
 
 
 def test_the_site_is_built_without_a_warning(site):
-    log = (site / "log.txt").read_text()
+    log = (site.parent / "log.txt").read_text()
     assert not log, log[-3000:]
     for name in notebooks():
         assert (site / f"{name}.html").exists()

@@ -379,15 +379,15 @@ def test_an_interval_needs_four_pairs(record):
 
 
 def test_bootstrap_against_a_loop():
-    d, rng = [0.3, -1.0, 2.5, 0.9, 4.0], np.random.default_rng(3)
-    means = [np.mean([d[i] for i in rng.integers(5, size=5)]) for _ in range(2000)]
+    d, rng = [0.3, -1.0, 2.5, 0.9, 4.0], np.random.default_rng(0)
+    means = [np.mean([d[i] for i in rng.integers(5, size=5)]) for _ in range(tables.DRAWS)]
     expected = np.quantile(means, [0.025, 0.975])
-    np.testing.assert_allclose(bootstrap_interval(d, draws=2000, seed=3), expected)
+    np.testing.assert_allclose(bootstrap_interval(d), expected)
 
 
-def test_an_interval_repeats_and_depends_on_its_seed():
+def test_an_interval_repeats():
     d = np.sqrt(range(9))
-    assert bootstrap_interval(d) == bootstrap_interval(d) != bootstrap_interval(d, seed=1)
+    assert bootstrap_interval(d) == bootstrap_interval(d)
     assert bootstrap_interval([2, 2, 2, 2]) == (2, 2)
 
 
@@ -405,9 +405,9 @@ def test_comparisons_that_mean_nothing(record):
 
 def test_spread_over_seeds(record):
     runs = [record(v, seed=s) for s, v in enumerate((50.0, 60.0, 70.0))]
-    table = spread(seed_values(runs, ["mAP"]), ["method", "setting"])
-    assert table["n"].tolist() == [3, 3]
-    np.testing.assert_allclose(table[["mean", "std"]], [[60, 10]] * 2)
+    table = spread(seed_values(runs), ["metric", "setting"]).set_index("metric")
+    assert table.loc["mAP", "n"].tolist() == [3, 3]
+    np.testing.assert_allclose(table.loc["mAP", ["mean", "std"]], [[60, 10]] * 2)
 
 
 def test_differences_in_words():

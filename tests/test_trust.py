@@ -1,0 +1,417 @@
+"""Trust: what must not pass unnoticed, and what must not be lost."""
+
+import ast
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import papermill
+import pytest
+import torch
+import torchvision
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
+
+from afen import figures, runs, training
+from afen.backbone import load_resnet
+from afen.core import started_by
+from afen.datasets import JOINT_COLUMNS
+from afen.people import write_tree
+from afen.records import read_record
+from afen.tables import sortable
+from afen.training import load_checkpoint, path_before, save_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+GIVEN = "print(sorted(injected_parameters(globals(), before, ['epochs'])), started_by())"
+
+
+def little_notebook(path, *cells):
+    """A notebook with a parameters cell, and then the given cells."""
+    start = "from afen.core import started_by\nfrom afen.runs import injected_parameters\n"
+    cells = [start + "before = set(globals())", "epochs = 1", *cells]
+    book = new_notebook(cells=[new_code_cell(cell) for cell in cells], metadata=KERNEL)
+    book.cells[1].metadata["tags"] = ["parameters"]
+    nbformat.write(book, path)
+    return book
+
+
+def last_output(book):
+    return book.cells[-1].outputs[-1]["text"]
+
+
+def test_an_unknown_parameter_is_seen_when_python_starts_papermill(tmp_path):
+    little_notebook(tmp_path / "in.ipynb", GIVEN)
+    paths = tmp_path / "in.ipynb", tmp_path / "out.ipynb"
+    book = papermill.execute_notebook(*paths, {"epoch": 3}, progress_bar=False)
+    assert last_output(book).startswith("['epoch', 'epochs'] papermill, started by ")
+
+
+def test_an_unknown_parameter_is_seen_when_python_runs_papermill_unbuffered(tmp_path):
+    little_notebook(tmp_path / "in.ipynb", GIVEN)
+    paths = tmp_path / "in.ipynb", tmp_path / "out.ipynb"
+    command = [sys.executable, "-u", "-m", "papermill", *paths, "-p", "epoch", "3"]
+    subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    said = last_output(nbformat.read(paths[1], as_version=4))
+    assert said.startswith(f"['epoch', 'epochs'] papermill {paths[0]} {paths[1]} -p epoch")
+
+
+def test_a_misspelt_parameter_stops_training_that_python_starts(tmp_path):
+    given = {"epoch": 3, "out": str(tmp_path / "run")}
+    paths = ROOT / "nbs" / "train.ipynb", tmp_path / "out.ipynb"
+    with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'epochs'"):
+        papermill.execute_notebook(*paths, given, progress_bar=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_ones_own_variables_are_left_alone_in_a_live_kernel(tmp_path):
+    mine = ["epoch = 3", "epochs = 1", "# Parameters of mine\nnotes = 1"]
+    book = little_notebook(tmp_path / "in.ipynb", *mine, GIVEN, GIVEN)
+    NotebookClient(book).execute()
+    assert last_output(book).startswith("['epochs'] a kernel, started by ")
+
+
+def test_a_program_is_named_without_its_options():
+    assert started_by() == Path(sys.argv[0]).name
+
+
+def flip_a_bit(path, place=None):
+    """Change the lowest bit of a byte, of the middle one if none is named."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if place is None else place] ^= 1
+    path.write_bytes(content)
+
+
+def is_one_sentence(error):
+    return "\n" not in str(error) and str(error).count(". ") <= 1
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A plan of three epochs of one step on a few rendered people, and its data."""
+    root = tmp_path_factory.mktemp("tiny") / "regdb"
+    write_tree("regdb", root, n_train=4, n_test=3, n_images=2, size=(48, 24))
+    given = {"dataset": "regdb", "root": str(root), "preset": "pocket", "method": "agw"}
+    given |= {"epochs": 3, "steps": 1, "identities": 2, "images": 2, "device": "cpu"}
+    plan = runs.make_plan(runs.DEFAULTS | given | {"precision": "float32"})
+    return plan, runs.open_data(plan)
+
+
+def in_folder(tiny, folder, **given):
+    """The same plan in another folder, maybe with other parameters."""
+    plan, data = tiny
+    return runs.make_plan(plan.given | {"out": str(folder)} | given), data
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """The folder of the tiny run, finished; copy it before changing it."""
+    plan, _ = in_folder(tiny, tmp_path_factory.mktemp("finished") / "run")
+    runs.carry_out(plan)
+    return plan.folder
+
+
+# Checkpoints
+
+
+def test_any_flipped_bit_of_a_checkpoint_is_noticed(tmp_path, capsys):
+    path = tmp_path / "checkpoint.pt"
+    for epoch in (1, 2):
+        save_checkpoint(path, key="a", epoch=epoch, weights=torch.arange(100.0))
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for place in rng.integers(len(whole), size=40):
+        flip_a_bit(path, place)
+        state = load_checkpoint(path, "a")
+        assert state["epoch"] == 1 and "the one before is used" in state["warnings"][0]
+        path.write_bytes(whole)
+    assert load_checkpoint(path, "a")["epoch"] == 2
+    assert "checkpoint.pt is damaged or gone" in capsys.readouterr().out
+    path.unlink()  # as a run that is killed between two renames leaves it
+    assert load_checkpoint(path, "a")["epoch"] == 1
+    flip_a_bit(path_before(path))
+    with pytest.raises(ValueError, match="is damaged: delete it") as caught:
+        load_checkpoint(path, "a")
+    assert is_one_sentence(caught.value)
+
+
+def stopped(tiny, folder, epochs):
+    """The tiny run, stopped at the beginning of an epoch."""
+    plan, data = in_folder(tiny, folder)
+    run = runs.start(plan, data)
+
+    def begin_epoch(epoch, sweep):
+        if epoch == epochs:
+            raise KeyboardInterrupt
+
+    run.method.begin_epoch = begin_epoch
+    with pytest.raises(KeyboardInterrupt):
+        run.fit(progress=False)
+    return plan, data
+
+
+def test_a_run_goes_on_from_the_epoch_before_a_damaged_checkpoint(tiny, tmp_path):
+    plan, data = stopped(tiny, tmp_path / "stopped", epochs=2)
+    flip_a_bit(plan.folder / "checkpoint.pt")
+    again, whole = runs.start(plan, data), runs.start(*in_folder(tiny, tmp_path / "whole"))
+    assert again.epoch == 1 and "is damaged or gone" in again.warnings[0]
+    for run in (again, whole):
+        run.fit(progress=False)
+    for name, value in whole.method.state_dict().items():
+        assert torch.equal(value, again.method.state_dict()[name])
+
+
+def test_other_code_torch_or_threads_since_are_said(tiny, tmp_path, monkeypatch):
+    plan, data = stopped(tiny, tmp_path / "run", epochs=1)
+    now = training.circumstances()
+    others = {"code": "01234567", "torch": "9.9", "threads": "64"}
+    assert now.keys() == others.keys()
+    monkeypatch.setattr(training, "circumstances", lambda: others)
+    run = runs.start(plan, data)
+    for (name, value), words in zip(now.items(), run.warnings, strict=True):
+        assert f"{name} was {value} and is {others[name]} since" in words
+
+
+def test_a_checkpoint_of_another_network_names_the_first_difference(tiny, tmp_path):
+    plan, data = stopped(tiny, tmp_path / "run", epochs=1)
+    path = plan.folder / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    name = next(iter(state["method"]))
+    del state["method"][name]
+    save_checkpoint(path, **state)
+    with pytest.raises(ValueError, match=f"network: {name} is missing"):
+        runs.start(plan, data)
+
+
+def test_drafts_of_killed_runs_are_removed(tiny, tmp_path):
+    plan, data = in_folder(tiny, tmp_path / "run")
+    drafts = [".checkpoint.0123abcd.pt", "figures/.smoke_cmc.89abcdef.svg"]
+    kept = [".notes", ".mine.txt"]
+    for name in drafts + kept:
+        path = plan.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+        os.utime(path, (0, 0))
+    runs.begin_record(plan, data)
+    left = {p.relative_to(plan.folder).as_posix() for p in plan.folder.rglob(".*")}
+    assert left == set(kept)
+
+
+# Finished runs
+
+
+def test_a_finished_run_is_opened_and_not_trained(tiny, finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    before = {p: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    plan, data = in_folder(tiny, folder)
+    run = runs.start(plan, data)
+    said = capsys.readouterr().out
+    assert "This run is finished" in said and "-p resume False trains it again" in said
+    assert runs.record_line(read_record(folder / "record.json")) in said
+    assert len(run.fit(progress=False)) == 3
+    runs.carry_out(plan)
+    assert {p: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+    assert runs.start(*in_folder(tiny, folder, resume=False)).epoch == 0
+
+
+def test_damaged_weights_of_a_finished_run_are_not_used(tiny, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    flip_a_bit(folder / "weights.safetensors")
+    with pytest.raises(ValueError, match="-p resume False trains it again"):
+        runs.start(*in_folder(tiny, folder))
+
+
+def test_equal_runs_leave_equal_weights_that_others_may_read(tiny, finished, tmp_path):
+    plan, _ = in_folder(tiny, tmp_path / "run")
+    runs.carry_out(plan)
+    files = [folder / "weights.safetensors" for folder in (finished, plan.folder)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    probe = tmp_path / "probe"
+    probe.write_text("")
+    assert stat.S_IMODE(files[1].stat().st_mode) == stat.S_IMODE(probe.stat().st_mode)
+
+
+def test_more_epochs_in_the_folder_of_a_run_are_refused_with_the_reason(
+    tiny, finished, tmp_path
+):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    plan, _ = in_folder(tiny, folder, epochs=6)
+    with pytest.raises(ValueError, match="over 3 epochs .* cannot go on from there"):
+        runs.check_machine(plan)
+
+
+# What decides a run
+
+
+def test_other_joints_are_other_data(tiny):
+    plan, data = tiny
+    joints = dict.fromkeys(JOINT_COLUMNS, 0.5)
+    train = data.split.train.drop(columns=JOINT_COLUMNS, errors="ignore").assign(**joints)
+    first, second = (
+        replace(data, split=replace(data.split, train=table))
+        for table in (train, train.assign(x3=0.25))
+    )
+    record = {"data": first.describe(runs.data_key(first))}
+    assert not runs.changed_data(record, first) and runs.changed_data(record, second)
+    assert not runs.other_images(record, second)
+
+
+def test_start_weights_are_known_by_content_and_named_in_the_record(tiny, tmp_path):
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "a.pt")
+    plan, data = in_folder(tiny, tmp_path / "run", weights=str(tmp_path / "a.pt"))
+    moved = shutil.move(tmp_path / "a.pt", tmp_path / "b.pt")
+    again, _ = in_folder(tiny, tmp_path / "run", weights=str(moved))
+    assert plan.parameters == again.parameters
+    record = runs.begin_record(again, data)
+    assert record["start_weights"] == {"file": "b.pt", "hash": again.weights_hash}
+    assert record["parameters"]["recipe"]["weights"] == f"file:{again.weights_hash}"
+
+
+def test_paths_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.pt").write_bytes(b"some weights")
+    given = {"weights": "~/a.pt", "out": "~/run", "device": "cpu"}
+    plan = runs.make_plan(runs.DEFAULTS | given)
+    assert plan.recipe.weights == str(tmp_path / "a.pt")
+    assert plan.folder == tmp_path / "run"
+
+
+# Before any work
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff\xfe", b'{"id": 1}'])
+def test_a_damaged_record_is_said_before_any_work(tmp_path, content):
+    (tmp_path / "record.json").write_bytes(content)
+    plan = runs.make_plan(runs.DEFAULTS | {"out": str(tmp_path), "device": "cpu"})
+    with pytest.raises(ValueError, match="is no record of a run") as caught:
+        runs.check_machine(plan)
+    assert is_one_sentence(caught.value)
+
+
+@pytest.mark.parametrize("out", ["/proc/nothing/run", "{file}/run"])
+def test_a_folder_that_cannot_be_written_is_said_before_any_work(tmp_path, out):
+    (tmp_path / "file").write_text("")
+    out = out.format(file=tmp_path / "file")
+    plan = runs.make_plan(runs.DEFAULTS | {"out": out, "device": "cpu"})
+    with pytest.raises(OSError, match="cannot be written .* use another -p out") as caught:
+        runs.check_machine(plan)
+    assert is_one_sentence(caught.value)
+
+
+@pytest.mark.parametrize("given, sentence", [
+    ({"seed": 2**64}, "Parameter seed is 18446744073709551616: it must be between"),
+    ({"batch_size": 64}, "did you mean 'identities' and 'images'"),
+    ({"lr": "1e-x"}, "Parameter lr is '1e-x'"),
+])  # fmt: skip
+def test_a_wrong_value_is_one_sentence(given, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        runs.make_plan(runs.DEFAULTS | given)
+
+
+@pytest.mark.parametrize("value", [3, ["x"], {"a": 1}, True])
+def test_a_switch_of_a_wrong_type_is_said_before_images_are_read(value):
+    options = {"mecs_switches": {"strips": value}}
+    plan = runs.make_plan(runs.DEFAULTS | {"options": options, "device": "cpu"})
+    with pytest.raises(ValueError, match="strips|switch"):
+        runs.check_switches(plan)
+
+
+# Weights of others
+
+
+RESNET = torchvision.models.resnet18(weights=None).state_dict()
+FIRST = next(iter(RESNET))
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda state: {"state_dict": state, "epoch": 3},
+    lambda state: {"net": state, "acc": 0.7},
+    lambda state: {"model": state},
+    lambda state: {f"module.{name}": value for name, value in state.items()},
+    lambda state: {"net": {f"module.{name}": value for name, value in state.items()}},
+])  # fmt: skip
+def test_wrapped_state_dicts_are_read(tmp_path, wrap):
+    torch.save(wrap(RESNET), tmp_path / "wrapped.pt")
+    network = load_resnet(18, str(tmp_path / "wrapped.pt"))
+    assert torch.equal(network.conv1.weight, RESNET[FIRST])
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (lambda s: {k: v for k, v in s.items() if k != FIRST}, f"{FIRST} is missing"),
+    (lambda s: s | {"more": torch.ones(1)}, "more is no part of the network"),
+    (lambda s: s | {FIRST: torch.ones(3)}, rf"{FIRST} has shape \(3,\) instead of"),
+    (lambda s: s | {FIRST: 3}, f"{FIRST} is no tensor"),
+    (lambda s: s | {FIRST: s[FIRST] * torch.nan}, f"NaN or infinity in {FIRST}"),
+])  # fmt: skip
+def test_weights_that_do_not_fit_are_refused_by_the_first_difference(
+    tmp_path, change, sentence
+):
+    torch.save(change(RESNET), tmp_path / "wrong.pt")
+    with pytest.raises(ValueError, match=sentence) as caught:
+        load_resnet(18, str(tmp_path / "wrong.pt"))
+    assert is_one_sentence(caught.value)
+
+
+# Nothing is executed from a file, nothing is shown as code
+
+
+UNSAFE = {"eval", "exec", "compile", "__import__", "os.system", "marshal.loads"}
+SAFE_WITH = {  # of functions: the argument that makes them safe, and what it is by default
+    "torch.load": ("weights_only", "True", "False"),
+    "np.load": ("allow_pickle", "False", "False"),
+    "yaml.load": ("Loader", "yaml.SafeLoader", "yaml.Loader"),
+}
+
+
+def unsafe_calls(source):
+    """The calls in Python source that may run code from a file."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", "")]
+            yield from {"pickle", "cPickle", "dill", "joblib", "shelve"} & set(names)
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            argument, safe, default = SAFE_WITH.get(name, ("", "", ""))
+            shell = given.get("shell", "False") != "False"
+            pandas = name.endswith("read_pickle")
+            if name in UNSAFE or given.get(argument, default) != safe or shell or pandas:
+                yield f"{name} in line {node.lineno}"
+
+
+def test_the_walk_sees_what_it_looks_for():
+    for source in (
+        "import pickle", "from pickle import load", "torch.load(path)", "eval(text)",
+        "np.load(path, allow_pickle=True)", "pd.read_pickle(path)",
+        "yaml.load(text)", "exec(text)", "subprocess.run(words, shell=True)",
+        "torch.load(path, weights_only=False)",
+    ):  # fmt: skip
+        assert list(unsafe_calls(source)), source
+    safe = "torch.load(path, weights_only=True); np.load(path); json.loads(text)"
+    assert not list(unsafe_calls(safe))
+
+
+def test_no_module_runs_code_from_a_file():
+    paths = [*(ROOT / "afen").rglob("*.py"), *(ROOT / "docs").glob("*.py")]
+    assert len(paths) > 20
+    assert {p.name: found for p in paths if (found := list(unsafe_calls(p.read_text())))} == {}
+
+
+SCRIPT = "<script>alert('x')</script> & co"
+
+
+def test_names_from_files_are_no_code_in_a_page():
+    page = sortable(SCRIPT, [SCRIPT, "value"], [[(SCRIPT, SCRIPT), ("1", 1.0)]])
+    assert "<script" not in page and "&lt;script&gt;" in page
+
+
+def test_names_from_files_are_no_code_in_a_figure(tmp_path):
+    curves = {SCRIPT: np.linspace(0.2, 1, 20)}
+    figures.save(figures.cmc_curve(curves), tmp_path / "curve", pd.DataFrame(), SCRIPT)
+    assert "<script" not in (tmp_path / "curve.svg").read_text()
