@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .backbone import first_difference
 from .batches import PackedImages, pack
-from .core import pick_device, seed_everything
+from .core import digest, pick_device, seed_everything
 from .method import Method, Recipe, create
 from .records import read_record
 from .runs import Data, Plan, are_intact, open_data, other_images
@@ -158,13 +158,31 @@ def run_data(
     return data
 
 # %% ../nbs/27_trained.ipynb #9bc66854
-def initial_network(run: TrainedRun) -> Method:
+def initial_network(
+    run: TrainedRun,
+    weights: Path | str | None = None,  # the file that the run started from, if from one
+) -> Method:
     """The run's network before training, on its device.
 
-    Raises FileNotFoundError if the start weights are not there any more.
+    Raises FileNotFoundError if the start weights are not there, ValueError if a file
+    holds others.
     """
+    recipe, start = run.plan.recipe, run.record.get("start_weights")
+    if start:
+        _check_start(start, weights)
+        recipe = replace(recipe, weights=str(weights))
     seed_everything(run.plan.given["seed"])
     n_identities = run.record["data"]["train_identities"]
-    name, recipe = run.plan.given["method"], run.plan.recipe
-    network = create(name, n_identities, recipe, **run.plan.options)
+    network = create(run.plan.given["method"], n_identities, recipe, **run.plan.options)
     return network.to(run.device, memory_format=torch.channels_last)
+
+
+def _check_start(start: Mapping[str, str], weights: Path | str | None) -> None:
+    """Raise an error unless a file is the one that a record names by its hash."""
+    if weights is None or not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"Weights file {start['file']}, from which the run started, is not there: give "
+            "its path."
+        )
+    if digest(Path(weights)) != start["hash"]:
+        raise ValueError(f"Weights file {weights} is not the one that the run started from.")

@@ -76,13 +76,15 @@ def test_a_run_opens_without_its_data_and_its_start_weights(
         features = run.embed(run.pack(mine, crops.path, tmp_path), crops.modality)
         assert features.shape == (len(crops), 512) and not run.network.training
         with pytest.raises(FileNotFoundError, match="Weights file .*start.pth"):
-            trained.initial_network(run)
+            trained.initial_network(run, start_weights)
+        with pytest.raises(ValueError, match="is not the one that the run started from"):
+            trained.initial_network(run, folder / "record.json")
     finally:
         away.rename(start_weights)
 
 
 def test_the_initial_network_started_from_the_start_weights(run, start_weights):
-    initial = trained.initial_network(run).state_dict()
+    initial = trained.initial_network(run, start_weights).state_dict()
     first = torch.load(start_weights, weights_only=True)
     name = "trunk.layer1.0.conv1.weight"
     torch.testing.assert_close(initial[f"net.{name}"], first[name.removeprefix("trunk.")])
