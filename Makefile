@@ -16,7 +16,7 @@ RUN = $(BIN)/papermill --no-progress-bar --stdout-file - nbs/train.ipynb
 SAY = awk '/^[A-Za-z]*(Error|Exception|Interrupt): ./ {s = ""} {s = s $$0 "\n"} \
   END {printf "%s", s; exit 1}'
 
-.PHONY: demo test check-gpu lab train reproduce install notebooks docs docs-serve clean
+.PHONY: bench demo test check-gpu lab train reproduce install notebooks docs docs-serve clean
 
 install: .venv/installed
 
@@ -47,6 +47,9 @@ test: install  ## notebooks and modules in step, every notebook, every test
 
 check-gpu: install  ## on one GPU, eight minutes at most: right, resumable, how fast
 	@$(BIN)/python -m tests.gpu
+
+bench: install  ## speeds of this machine's processor: make bench NAMES='"96 views"'
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench.py $(NAMES)
 
 lab: install  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs

@@ -166,21 +166,21 @@ class Listing:
 
     root: Path
     sizes: dict[str, int]  # path from the root -> bytes, -1 where a link leads nowhere
-    inside: dict[str, tuple[list[str], list[str]]]  # folder -> folders, images in it
+    contents: dict[str, tuple[list[str], list[str]]]  # folder -> folders, images in it
     closed: tuple[str, ...] = ()  # folders that may not be opened
 
     def folders(self, folder: str) -> list[str]:
         """Sorted names of the folders in a folder; none where there is no folder."""
-        return self.inside.get(folder, ([], []))[0]
+        return self.contents.get(folder, ([], []))[0]
 
     def images(self, folder: str) -> list[str]:
         """Sorted names of the images in a folder; none where there is no folder."""
-        return self.inside.get(folder, ([], []))[1]
+        return self.contents.get(folder, ([], []))[1]
 
     def all_images(self) -> set[str]:
         """The paths of all images."""
         return {f"{folder}/{name}".lstrip("/")
-                for folder, (_, images) in self.inside.items() for name in images}  # fmt: skip
+                for folder, (_, images) in self.contents.items() for name in images}  # fmt: skip
 
     def has(self, path: str) -> bool:
         """Whether there is such a file."""
@@ -209,7 +209,7 @@ def list_tree(root: Path | str) -> Listing:
 
     Links are followed, but not into a folder that they lie in.
     """
-    root, sizes, inside, closed = Path(root), {}, {}, []
+    root, sizes, contents, closed = Path(root), {}, {}, []
 
     def enter(folder: str, above: tuple[str, ...]) -> None:
         place = os.path.realpath(root / folder)
@@ -222,12 +222,12 @@ def list_tree(root: Path | str) -> Listing:
             return
         start = f"{folder}/" if folder else ""
         sizes.update({start + name: size for name, size in files.items()})
-        inside[folder] = names, [name for name in files if is_image(name)]
+        contents[folder] = names, [name for name in files if is_image(name)]
         for name in names:
             enter(start + name, (*above, place))
 
     enter("", ())
-    return Listing(root, sizes, inside, tuple(closed))
+    return Listing(root, sizes, contents, tuple(closed))
 
 # %% ../nbs/02_datasets.ipynb #b59ed7f8
 def left_out(listing: Listing, kept: Iterable[str]) -> tuple[str, ...]:
@@ -1144,7 +1144,7 @@ def count_folder(listing: Listing) -> tuple[Counts, set[str]]:
             read |= {*images.path}
     tops = tuple(f"{half}{m}/" for half in above for m in MODALITIES)
     full = {parent.as_posix() for p in left_out(listing, ()) for parent in Path(p).parents}
-    empty = sorted(f for f in listing.inside if f.startswith(tops) and f not in full)
+    empty = sorted(f for f in listing.contents if f.startswith(tops) and f not in full)
     return {
         "identities of one modality only": _tally(alone),
         "folders without images": _tally(empty),

@@ -201,14 +201,14 @@ def _count_nearer(
     columns: np.ndarray,  # [M]
 ) -> np.ndarray:
     """How many images stand before each match; of equal ones the earlier: [M]."""
-    ordered, own = np.sort(keys, axis=1), keys[rows, columns]
+    ordered, targets = np.sort(keys, axis=1), keys[rows, columns]
     ends = np.searchsorted(rows, np.arange(len(keys) + 1))
     below, up_to = np.empty((2, len(rows)), np.int64)
     for line, start, end in zip(ordered, ends[:-1], ends[1:]):
-        below[start:end] = line.searchsorted(own[start:end])
-        up_to[start:end] = line.searchsorted(own[start:end], "right")
+        below[start:end] = line.searchsorted(targets[start:end])
+        up_to[start:end] = line.searchsorted(targets[start:end], "right")
     for m in np.flatnonzero(up_to > below + 1):  # ties
-        below[m] += np.count_nonzero(keys[rows[m], : columns[m]] == own[m])
+        below[m] += np.count_nonzero(keys[rows[m], : columns[m]] == targets[m])
     return below
 
 # %% ../nbs/20_evaluation.ipynb #694ec2bb
@@ -232,12 +232,12 @@ def _identity_ranks(
     """The rank of the first match over identities: [Q]."""
     by_identity = np.argsort(gallery_ids, kind="stable")
     names, starts = np.unique(gallery_ids[by_identity], return_index=True)
-    own = np.take_along_axis(keys, first[:, None], axis=1)  # [Q, 1]
+    target = np.take_along_axis(keys, first[:, None], axis=1)  # [Q, 1]
     closest = np.minimum.reduceat(keys[:, by_identity], starts, axis=1)  # [Q, I]
-    ranks = 1 + np.count_nonzero(closest < own, axis=1)
-    for row in np.flatnonzero(np.count_nonzero(closest == own, axis=1) > 1):  # ties
-        earlier = gallery_ids[: first[row]][keys[row, : first[row]] == own[row]]
-        ranks[row] += np.isin(names[closest[row] == own[row]], earlier).sum()
+    ranks = 1 + np.count_nonzero(closest < target, axis=1)
+    for row in np.flatnonzero(np.count_nonzero(closest == target, axis=1) > 1):  # ties
+        earlier = gallery_ids[: first[row]][keys[row, : first[row]] == target[row]]
+        ranks[row] += np.isin(names[closest[row] == target[row]], earlier).sum()
     return ranks
 
 # %% ../nbs/20_evaluation.ipynb #b77c1e04

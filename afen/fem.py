@@ -38,9 +38,8 @@ class LayerNorm2d(nn.LayerNorm):
     def __init__(
         self,
         channels: int,  # C
-        eps: float = 1e-6,
     ) -> None:
-        super().__init__(channels, eps=eps)
+        super().__init__(channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x.permute(0, 2, 3, 1))  # [B, H, W, C]

@@ -312,11 +312,11 @@ def _lines(cell: Mapping[str, Any]) -> dict[str, str]:
     sign = "+" if cell["difference"] > 0 else ""
     judged = cell["verdict"] if cell["verdict"] != "not run" else ""
     mark = "" if cell["status"] in ("full", ours) else f", {cell['status']}"
-    said = ": ".join(filter(None, (sign + difference, judged)))
+    words = ": ".join(filter(None, (sign + difference, judged)))
     return {
         "paper": number(cell["paper"]) or "-",
         "ours": ours,
-        "verdict": said + mark if said else "",
+        "verdict": words + mark if words else "",
         "original": _original(cell),
     }
 
@@ -425,11 +425,11 @@ def table1_tex(table: pd.DataFrame) -> str:
         name = title if line == "paper" else ""
         body.append(" & ".join(map(tex, (name, line, *cells))) + r" \\")
     columns = "ll" + "r" * shape.shape[1]
-    said = [rf"\par\footnotesize {tex('. '.join(notes(table)))}."]
+    footnotes = [rf"\par\footnotesize {tex('. '.join(notes(table)))}."]
     lines = [
         r"\begin{table*}", r"\centering", r"\resizebox{\textwidth}{!}{%",
         rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *top, *body, r"\bottomrule",
-        r"\end{tabular}}", *said, r"\end{table*}",
+        r"\end{tabular}}", *footnotes, r"\end{table*}",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -532,7 +532,7 @@ def table1_html(table: pd.DataFrame) -> str:
     heads = [f"{DATASET_TITLES[d]}\n{SETTING_TITLES[s]}\n{METRIC_TITLES[m]}" for d, s, m in names]
     first = sortable("Table 1, per cent", ["method", *heads], _paper_rows(table))
     second = sortable("Every cell, per cent", list(_SHOWN.values()), _cell_rows(table))
-    said = "".join(f"<li>{html.escape(line)}</li>\n" for line in notes(table))
+    items = "".join(f"<li>{html.escape(line)}</li>\n" for line in notes(table))
     title = "Table 1 of the AFEN paper, and ours beside it"
     return (
         f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">\n'
@@ -540,7 +540,7 @@ def table1_html(table: pd.DataFrame) -> str:
         f"<style>{_STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n"
         f"<p>Outcome: {html.escape(outcome(table))}. A header sorts by its column, in the "
         f"first table by the paper's value.</p>\n"
-        f"{first}<h2>Protocol and words</h2>\n<ul>\n{said}</ul>\n{second}"
+        f"{first}<h2>Protocol and words</h2>\n<ul>\n{items}</ul>\n{second}"
         f"<script>{_SCRIPT}</script>\n</body>\n</html>\n"
     )
 
@@ -747,8 +747,8 @@ def state_block(
     frame["rendered data (smoke)"] = sides[1].values()
     why = "; ".join(missing_reasons(table))
     not_run = f" Not run: {why}." if why else ""
-    said = f"Outcome of Table 1: {outcome(table)}.{not_run}"
-    return f"{listed}\n{said}\n\n{markdown(frame)}".lstrip()
+    summary = f"Outcome of Table 1: {outcome(table)}.{not_run}"
+    return f"{listed}\n{summary}\n\n{markdown(frame)}".lstrip()
 
 
 def _state(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:

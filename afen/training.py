@@ -337,7 +337,7 @@ def saved_bytes(method: Method, batch: Batch) -> int:
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a graph that holds its own output is never freed
 
     same = lambda tensor: tensor
     with torch.autograd.graph.saved_tensors_hooks(note, same), kept_state(method):
@@ -399,13 +399,13 @@ def health(
             )
     if epoch == 0 or recipe.moment(epoch) < recipe.warmup or steps < EARLY:
         return []
-    chance, said = math.log(n_identities), []
+    chance, sentences = math.log(n_identities), []
     guesses = [v for name, v in losses.items() if name.startswith("identity")]
     if guesses and min(guesses) > 0.98 * chance:
-        said.append(f"identity loss is at log n = {chance:.3f}: nothing is learned")
+        sentences.append(f"identity loss is at log n = {chance:.3f}: nothing is learned")
     if abs(losses.get("metric", 0) - math.log(2)) < 2e-3:
-        said.append("metric loss is at log 2 = 0.693: the features collapsed (L5)")
-    return [f"epoch {epoch}: {sentence}" for sentence in said]
+        sentences.append("metric loss is at log 2 = 0.693: the features collapsed (L5)")
+    return [f"epoch {epoch}: {sentence}" for sentence in sentences]
 
 # %% ../nbs/21_training.ipynb #e5cf1b65
 def train_epoch(
@@ -517,11 +517,11 @@ def load_checkpoint(
             f"Checkpoint {path} was written with other parameters or on other images: "
             "use -p resume False to start again, or another -p out."
         )
-    said = changed_circumstances(state.pop("circumstances"))
+    sentences = changed_circumstances(state.pop("circumstances"))
     if whole != path:
-        said.append(f"checkpoint {path.name} is damaged or gone: the one before is used")
+        sentences.append(f"checkpoint {path.name} is damaged or gone: the one before is used")
     state["warnings"] = state.get("warnings", [])
-    for sentence in (f"epoch {state.get('epoch')}: {words}" for words in said):
+    for sentence in (f"epoch {state.get('epoch')}: {words}" for words in sentences):
         print(f"warning: {sentence}")
         state["warnings"].append(sentence)
     return state
@@ -538,9 +538,9 @@ def compiled_parts(module: nn.Module) -> Iterator[nn.Module]:
 
     Stems and stages, and what is beside them; single layers gain nothing.
     """
-    inside = (Method, DualResNet, Head, nn.ModuleList, nn.ModuleDict)
+    holders = (Method, DualResNet, Head, nn.ModuleList, nn.ModuleDict)
     for part in module.children():
-        if isinstance(part, inside):
+        if isinstance(part, holders):
             yield from compiled_parts(part)
         elif any(part.children()):
             yield part
@@ -742,12 +742,12 @@ def _one_epoch(self: Run, epoch: int, bar: Any) -> dict[str, float]:
         self.method, self.optimiser, self.stream(epoch), epoch, self.seed, bar,
         self.scaler, self.chunk,
     )  # fmt: skip
-    said = health(
+    sentences = health(
         losses, self.method.n_identities, recipe, epoch, (epoch + 1) * self.steps
     )
-    for sentence in said:
+    for sentence in sentences:
         tqdm.write(f"warning: {sentence}")
-    self.warnings += said
+    self.warnings += sentences
     seconds = time.perf_counter() - begun
     row = {"epoch": epoch, "lr": lr, **losses, "seconds": seconds}
     self.rows.append(row | self._watched(epoch))

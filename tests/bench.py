@@ -1,9 +1,8 @@
-"""Speeds of this machine's processor, one thread: python -m tests.bench [NAME ...].
+"""Speeds of this machine's processor, one thread: make bench [NAMES=...].
 
 Each case is a pair: what others do, and what this package does. The two take turns, and
 what counts is processor time, so that another program beside it disturbs little. The
-record goes to runs/bench/<moment>.json; nbs/speed.ipynb reads those kept in
-data/records/speed/.
+record goes to runs/bench/<moment>.json.
 """
 
 import json
@@ -67,10 +66,10 @@ def views() -> Pair:
     generator = torch_generator("bench")
     visible, infrared = batch[:32], batch[32:]
 
-    def ours() -> None:
-        augment.weak_view(visible, generator)
-        augment.channel_view(visible, generator)
-        augment.infrared_view(infrared, generator)
+    def ours() -> list[torch.Tensor]:
+        weak, channel = augment.weak_view, augment.channel_view
+        made = [view(visible, generator) for view in (weak, channel)]
+        return [*made, augment.infrared_view(infrared, generator)]
 
     return lambda: torch.stack([one(p) for p in [*pictures, *pictures[:32]]]), ours
 

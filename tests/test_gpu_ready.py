@@ -3,6 +3,7 @@
 import contextlib
 import json
 import warnings
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -244,6 +245,17 @@ def test_memory_grows_as_a_line(name):
     images = 2 * len(batches[2].visible)
     guess = memory_of_step(method, batches[:2], images)["activations"]
     assert abs(guess / saved_bytes(method, batches[2]) - 1) < 0.1
+
+
+def test_counting_memory_frees_what_it_counted():
+    recipe, outputs = small_recipe("agw"), []
+    method = create("agw", recipe.identities, recipe).train()
+    watch = lambda module, _, output: outputs.append(weakref.ref(output))
+    for module in method.modules():
+        if isinstance(module, torch.nn.ReLU):  # whose output the graph saves
+            module.register_forward_hook(watch)
+    saved_bytes(method, made_up_batch(recipe))
+    assert outputs and not any(reference() is not None for reference in outputs)
 
 
 # --- runs ------------------------------------------------------------------------------
