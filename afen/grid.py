@@ -429,9 +429,12 @@ def plan_text(
     return "\n".join([*lines, f"{len(table)} runs: {kept}. Left: {words}."])
 
 # %% ../nbs/26_grid.ipynb #a0de7c1a
-def timed_records() -> list[dict[str, Any]]:
+def timed_records(
+    folder: Path | str | None = None,  # data/records if None
+) -> list[dict[str, Any]]:
     """What costs are read from: the kept records, and two steps at the paper's size."""
-    return load_records() + load_records(records_folder() / "paper_size")
+    folder = Path(folder or records_folder())
+    return load_records(folder) + load_records(folder / "paper_size")
 
 # %% ../nbs/26_grid.ipynb #97dfa271
 def last_error(notebook: Path | str) -> tuple[str, str]:
