@@ -129,7 +129,7 @@ def test_departures_respect_how_exact_a_source_is():
 
 def test_a_record_edited_by_hand_is_refused_in_its_file(record, tmp_path):
     path = write_record(dict(record(50.0)), tmp_path)
-    path = path.rename(tmp_path / "kept.json")
+    path = path.rename(tmp_path / f"{record(50.0)['id']}.json")
     assert len(load_records(tmp_path)) == 1
     path.write_text(path.read_text().replace("0.5", "0.9"))
     with pytest.raises(ValueError, match="was changed after it was written"):
@@ -257,7 +257,7 @@ def test_a_row_is_planned_by_the_grid(base):
     bare = run(mecs="paper_bare") | {"status": "failed"}
     assert tables.row_records([bare, *own], row_parameters) == own
     assert tables.row_records([bare], row_parameters) == []
-    exact = [run(precision="float32", trial=trial) for trial in (1, 2)]
+    exact = [run(precision="bfloat16", trial=trial) for trial in (1, 2)]
     assert tables.row_records([bare, *exact], row_parameters) == exact
     assert tables.row_records([*exact, *own], row_parameters) == own
     for changed in ({"epochs": 60}, {"noise": 0.2}, {"flip": False}, {"stable": False}):
