@@ -49,7 +49,7 @@ def find_run(
         f"{len(there)} runs in {folder} (afen runs lists them)."
     )
 
-# %% ../nbs/40_cli.ipynb #0ce52037
+# %% ../nbs/40_cli.ipynb #bf62f732
 def age(started: str) -> str:
     """How long ago a moment was, in its largest unit: "5 min", "3 h", "12 d"."""
     seconds = (datetime.now(timezone.utc) - datetime.fromisoformat(started)).total_seconds()
@@ -101,8 +101,20 @@ def print_table(table: "pd.DataFrame") -> None:
         table = table.copy()
         repeats = table["run"].duplicated()
         table[names] = table[names].astype(object).mask(repeats, "")
-    form = "{:.1f}".format
-    print(table.to_string(index=False, na_rep="", float_format=form, justify="left"))
+    columns = [[name, *map(_cell, table[name])] for name in table]
+    numeric = [table[name].dtype.kind in "if" for name in table]
+    widths = [max(map(len, column)) for column in columns]
+    for row in zip(*columns):
+        parts = zip(row, widths, numeric)
+        line = "  ".join(x.rjust(w) if n else x.ljust(w) for x, w, n in parts)
+        print(line.rstrip())
+
+
+def _cell(value: Any) -> str:
+    """A value as a table shows it."""
+    if value is None or value != value:
+        return ""
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 # %% ../nbs/40_cli.ipynb #26346146
 def flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,16 +7,16 @@ __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'OTH
            'injected_parameters', 'Plan', 'make_plan', 'start_file', 'change_recipe', 'check_machine', 'check_folder',
            'last_record', 'fewer_epochs', 'sibling_words', 'Data', 'data_key', 'joints_key', 'other_images',
            'open_data', 'check_switches', 'data_line', 'start', 'finished_record', 'changed_data', 'go_to_end',
-           'record_line', 'score', 'score_table', 'one_line', 'watched', 'begin_record', 'end_record', 'save_weights',
-           'sealed_weights', 'are_intact', 'draw', 'ranked_images', 'carry_out', 'page_records', 'page_scores',
-           'page_curves']
+           'record_line', 'score', 'score_table', 'one_line', 'watched', 'summary_writer', 'tensorboard_log',
+           'begin_record', 'end_record', 'save_weights', 'sealed_weights', 'are_intact', 'draw', 'ranked_images',
+           'carry_out', 'page_records', 'page_scores', 'page_curves']
 
 # %% ../nbs/25_runs.ipynb #59e2a2e5
 import json
 import math
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -122,6 +122,7 @@ HOW = {
     "compile": Parameter(bool),
     "watch": Parameter(int, low=1, optional=True),
     "rerank": Parameter(bool),
+    "log": Parameter(str, options=("tensorboard",), optional=True),
     "out": Parameter(str, optional=True),
     "resume": Parameter(bool),
 }
@@ -253,14 +254,16 @@ def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 def check_machine(plan: Plan) -> None:
     """Raise ValueError if the device cannot, or not fast, do what the plan asks of it.
 
-    That is its precision, `chunk`, which is not for every method, and `compile`. And what
-    `check_folder` raises.
+    That is its precision, `chunk`, which is not for every method, `compile` and `log`. And
+    what `check_folder` raises.
     """
     p, device = plan.given, pick_device(plan.given["device"])
     check_precision(device, plan.recipe.precision)
     check_chunk(method_class(p["method"]), p["chunk"])
     if p["compile"]:
         check_compiler(device)
+    if p["log"]:
+        summary_writer()
     check_folder(plan)
 
 
@@ -473,6 +476,8 @@ def start(plan: Plan, data: Data) -> Run:
     )
     if p["watch"]:
         run.watch = p["watch"], lambda: watched(plan, data, run)
+    if p["log"]:
+        run.log = tensorboard_log(plan.folder / "tensorboard", run.epoch)
     if finished:
         go_to_end(run, plan, finished)
     elif run.epoch:
@@ -578,6 +583,34 @@ def watched(plan: Plan, data: Data, run: Run) -> dict[str, float]:
     tqdm.write(f"epoch {run.epoch} ({label}): {one_line(scores)}")
     means = summarise(next(iter(scores.values())))
     return {f"watched_{name}": means[name]["mean"] for name in ("rank1", "mAP")}
+
+# %% ../nbs/25_runs.ipynb #7b1d06e3
+def summary_writer() -> type:
+    """TensorBoard's writer; ValueError if it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "TensorBoard is not installed: pip install -e '.[tensorboard]', or leave out "
+            "-p log tensorboard."
+        ) from None
+    return SummaryWriter
+
+
+def tensorboard_log(
+    folder: Path,  # for the event files
+    epoch: int,  # the first that will be logged; later ones of another training are hidden
+) -> Callable[[Mapping[str, float]], None]:
+    """What writes an epoch's row into event files, one curve for each of its numbers."""
+    writer = summary_writer()(folder, purge_step=epoch)
+
+    def write(row: Mapping[str, float]) -> None:
+        for name, value in row.items():
+            if name != "epoch":
+                writer.add_scalar(name, value, row["epoch"])
+        writer.flush()
+
+    return write
 
 # %% ../nbs/25_runs.ipynb #d260569f
 def begin_record(plan: Plan, data: Data) -> dict[str, Any]:

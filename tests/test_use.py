@@ -18,7 +18,7 @@ from afen.evaluation import cosine_distances
 from afen.method import create
 from afen.people import write_tree
 from afen.retrieval import Gallery, list_crops
-from afen.runs import DEFAULTS, carry_out, make_plan
+from afen.runs import DEFAULTS, carry_out, check_machine, make_plan
 from afen.trained import TrainedRun, open_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -393,3 +393,31 @@ def test_the_command_is_installed_under_its_name():
     for extra in ("export", "tensorboard", "faiss"):
         for need in project["optional-dependencies"][extra]:
             assert f"\n{need.partition('>')[0]}==" in pins
+
+
+# --- TensorBoard
+
+
+def test_tensorboard_gets_each_epoch_and_changes_no_name(shelf, tmp_path):
+    pytest.importorskip(
+        "tensorboard", reason="TensorBoard is not installed: pip install -e '.[tensorboard]'"
+    )
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    given = DEFAULTS | TINY | {"dataset": "regdb", "preset": "pocket", "method": "agw"}
+    given |= {"root": str(shelf.parent / "tree"), "epochs": 2, "out": str(tmp_path)}
+    plan = make_plan(given | {"log": "tensorboard"})
+    assert plan.parameters == make_plan(given).parameters
+    carry_out(plan)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    rows = pd.DataFrame(open_run(tmp_path, "cpu").record["history"])
+    for name in rows.columns.drop("epoch"):
+        curve = [(event.step, event.value) for event in events.Scalars(name)]
+        np.testing.assert_allclose(curve, rows[["epoch", name]], rtol=1e-5)
+
+
+def test_without_tensorboard_the_run_does_not_begin(shelf, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    plan = make_plan(DEFAULTS | {"device": "cpu", "log": "tensorboard", "out": str(tmp_path)})
+    with pytest.raises(ValueError, match=r"TensorBoard is not installed: pip install -e"):
+        check_machine(plan)
