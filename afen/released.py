@@ -29,12 +29,12 @@ from .records import machine, new_record, run_id, score_entry, write_record
 from .runs import DEFAULTS, Data, Plan, data_key, make_plan, open_data, save_weights
 from .training import embed
 
-# %% ../nbs/32_released.ipynb #0586b167
+# %% ../nbs/32_released.ipynb #52c9eedc
 NONLOCAL = list(nonlocal_places(50, 1))  # layer2.2, layer2.3, layer3.3, ...
 
 
 def nonlocal_names() -> dict[str, str]:
-    """Beginnings of names, ours to theirs, where a non-local block stands behind another."""
+    """Beginnings of names, ours to theirs, where a non-local block was inserted."""
     names = {}
     for place in NONLOCAL:
         stage, here = place.split(".")[0], f"net.trunk.{place}"
@@ -56,7 +56,8 @@ RESNET = HEAD | {
 DUAL_ATTENTION = {  # IWPA and CGSA of DDAG
     "iwpa.project.query.": "wpa.fc1.0.", "iwpa.project.key.": "wpa.fc2.",
     "iwpa.project.value.": "wpa.fc3.", "iwpa.gate": "wpa.gate",
-    "iwpa.neck.": "wpa.bottleneck.", "cgsa.heads.": "attention.", "cgsa.output.": "out_att.",
+    "iwpa.neck.": "wpa.bottleneck.", "cgsa.heads.": "attention.",
+    "cgsa.output.": "out_att.",
 }  # fmt: skip
 NAMES = {
     "agw": RESNET | nonlocal_names(),
@@ -97,7 +98,7 @@ def stack_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 NOT_RELEASED = ("num_batches_tracked", "graph_weight", "loss_sum", "loss_count")
 
-# %% ../nbs/32_released.ipynb #1ef732e2
+# %% ../nbs/32_released.ipynb #0a9fae28
 def _some(names: Iterable[str]) -> str:
     """The first names of many, and how many there are."""
     names = list(names)
@@ -131,8 +132,8 @@ def translate(
     if any(wrong.values()):
         words = "; ".join(f"{what} {_some(some)}" for what, some in wrong.items() if some)
         raise ValueError(
-            f"Checkpoint {path} is none of {method} as released: {words}. Give the authors' "
-            "file of that method."
+            f"Checkpoint {path} is none of {method} as released: {words}. Give the "
+            "authors' file of that method."
         )
     return {o: state[t] if t in state else network[o] for o, t in names.items()}
 
@@ -197,7 +198,7 @@ def read_release(path: Path | str) -> Release:
         int(trial[1]) if trial else None, int(seed[1]) if seed else 0,
     )  # fmt: skip
 
-# %% ../nbs/32_released.ipynb #ee817b2a
+# %% ../nbs/32_released.ipynb #6d8581ca
 def release_plan(
     release: Release,
     method: str | None = None,  # where the file does not tell
@@ -207,7 +208,7 @@ def release_plan(
     out: Path | str | None = None,  # the run's folder; runs/<id> if None
     device: str = "auto",
 ) -> Plan:
-    """The plan of testing a checkpoint. Raises ValueError if method or data are not known."""
+    """The plan of testing a checkpoint. ValueError if method or data are not known."""
     if method:
         nearest(method, release.methods, "method for this checkpoint")
     elif len(release.methods) > 1:
