@@ -120,7 +120,7 @@ def _cell(value: Any) -> str:
         return ""
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
-# %% ../nbs/40_cli.ipynb #7ccd62b1
+# %% ../nbs/40_cli.ipynb #d15b3eaa
 def flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """Names and values of nested mappings, as recipe.lr."""
     for name, value in values.items():
@@ -136,7 +136,7 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> "pd.Data
 
     parts = ("parameters", "data", "code", "packages")
     one, two = (
-        {k.removeprefix("parameters."): v for k, v in flat({part: r[part] for part in parts})}
+        {k.removeprefix("parameters."): v for k, v in flat({p: r[p] for p in parts})}
         for r in (first, second)
     )
     names = [name for name in {**one, **two} if one.get(name) != two.get(name)]
@@ -270,7 +270,7 @@ def _quiet() -> Any:
     stack.enter_context(warnings.catch_warnings(action="ignore"))
     return stack
 
-# %% ../nbs/40_cli.ipynb #bfed9acb
+# %% ../nbs/40_cli.ipynb #e9a8222a
 def embed(given: argparse.Namespace) -> None:
     """Write the features of a folder's images."""
     import numpy as np
@@ -294,9 +294,10 @@ def say_duplicates(gallery: "Gallery") -> None:
     """Say which crops are equal or nearly so, if any are."""
     for alike, pairs in gallery.duplicates().groupby("alike"):
         one, other = pairs.iloc[0][["first", "second"]]
-        print(f"{len(pairs)} pairs of crops are {alike}, as {one} and {other}")
+        count = "1 pair of crops is" if len(pairs) == 1 else f"{len(pairs)} pairs of crops are"
+        print(f"{count} {alike}: {one} and {other}{', ...' * (len(pairs) > 1)}")
 
-# %% ../nbs/40_cli.ipynb #b06af040
+# %% ../nbs/40_cli.ipynb #ec465bd3
 def search(given: argparse.Namespace) -> None:
     """Search a gallery for each query: lines, a CSV and a picture."""
     import pandas as pd
@@ -308,9 +309,9 @@ def search(given: argparse.Namespace) -> None:
     if place.suffix == ".npz":
         gallery = Gallery.open(place, run)
     else:
-        gallery = Gallery.from_folder(run, place, given.gallery_modality)
+        gallery = Gallery.from_folder(run, place, given.modality)
     say_duplicates(gallery)
-    results = [gallery.search(query, given.k, given.modality) for query in given.query]
+    results = [gallery.search(query, given.k, given.query_modality) for query in given.query]
     for query, found in zip(given.query, results):
         near = [f"{r.path} {r.cosine:.2f}" for r in found.itertuples()]
         near = [f"{n} ({a})" if a else n for n, a in zip(near, found.alike)]
@@ -320,7 +321,7 @@ def search(given: argparse.Namespace) -> None:
     with atomic_path(out.with_suffix(".csv")) as draft:
         pd.concat(rows).set_index("query").to_csv(draft)
     with atomic_path(out.with_suffix(".png")) as draft:
-        ranked_picture(gallery, given.query, results).savefig(draft)
+        ranked_picture(gallery, given.query, results).savefig(draft, dpi=200)
     print(f"{out.with_suffix('.csv')}, {out.with_suffix('.png')}")
 
 
@@ -356,7 +357,7 @@ def published_lines(method: str, dataset: str) -> list[str]:
         for (setting, source), part in rows.groupby(["setting", "source"], sort=False)
     ]  # fmt: skip
 
-# %% ../nbs/40_cli.ipynb #fe721b07
+# %% ../nbs/40_cli.ipynb #30e5ab9d
 PAGE = """\
 Look through runs and put a trained network to work. Training is papermill's:
   papermill nbs/train.ipynb runs/regdb.ipynb -p dataset regdb
@@ -376,7 +377,7 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {  # name: function, what it does, a
     "embed": (embed, "write the features of a folder of crops",
               "afen embed pocket-regdb-afen night --modality infrared -o night.npz"),
     "search": (search, "find the crops of a folder that look most like a query",
-               "afen search pocket-regdb-afen day/0412.png --gallery night"),
+               "afen search pocket-regdb-afen day/04.png --gallery night --modality infrared"),
     "convert": (convert, "test a checkpoint of the authors of AGW, CAJ, DDAG or PMT",
                 "afen convert regdb_agw_p4_n8_lr_0.1_seed_0_trial_1_best.t"),
 }  # fmt: skip
@@ -394,7 +395,7 @@ ARGUMENTS: dict[str, list[tuple[list[str], dict[str, Any]]]] = {
     ],
     "export": [
         (["run"], {"metavar": "RUN"}),
-        (["--onnx"], {"action": "store_true", "help": "for any ONNX runtime (the default)"}),
+        (["--onnx"], {"action": "store_true", "help": "for ONNX runtimes (the default)"}),
         (["--pt2"], {"action": "store_true", "help": "for torch.export.load"}),
         (["-o", "--out"], {"help": "folder for the files, if not export/ in the run's"}),
     ],
@@ -409,10 +410,11 @@ ARGUMENTS: dict[str, list[tuple[list[str], dict[str, Any]]]] = {
         (["query"], {"nargs": "+", "metavar": "QUERY", "help": "image files"}),
         (["--gallery"], {"required": True, "help": "folder of crops, or a saved .npz"}),
         (["-k"], {"type": int, "default": 10, "help": "how many are wanted (10)"}),
-        (["--modality"], {"help": "of the queries; if not given, as their folder is named, or "
-                          "the one that the gallery is not of"}),
-        (["--gallery-modality"], {"help": "of the crops, where no folder's name says it"}),
-        (["-o", "--out"], {"default": "search", "help": "name of the .csv and .png (search)"}),
+        (["--modality"], {"help": "of the gallery: visible or infrared, where no folder's "
+                          "name says it"}),
+        (["--query-modality"], {"help": "of the queries; if not given, as their folder is "
+                                "named, or the one that the gallery is not of"}),
+        (["-o", "--out"], {"default": "search", "help": "name of .csv and .png (search)"}),
     ],
     "convert": [
         (["file"], {"help": "the authors' .t or .pth"}),

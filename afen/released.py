@@ -7,7 +7,7 @@ __all__ = ['NONLOCAL', 'HEAD', 'RESNET', 'DUAL_ATTENTION', 'NAMES', 'UNUSED', 'N
            'stack_heads', 'translate', 'Release', 'recognise', 'read_release', 'release_plan', 'released_network',
            'check_people', 'evaluate_release', 'release_record']
 
-# %% ../nbs/32_released.ipynb #4ee2ce51
+# %% ../nbs/32_released.ipynb #1a173bf6
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +26,16 @@ from .method import Method, create
 from .methods.agw import nonlocal_places
 from .methods.ddag import HEADS
 from .records import machine, new_record, run_id, score_entry, write_record
-from .runs import DEFAULTS, Data, Plan, data_key, make_plan, open_data, save_weights
+from afen.runs import (
+    DEFAULTS,
+    Data,
+    Plan,
+    check_folder,
+    data_key,
+    make_plan,
+    open_data,
+    save_weights,
+)
 from .training import embed
 
 # %% ../nbs/32_released.ipynb #52c9eedc
@@ -168,8 +177,8 @@ def recognise(state: Mapping[str, Any], name: str) -> tuple[str, ...]:
     kinds = {"ddag": "wpa.", "pmt": "base.blocks."}
     return tuple(method for method, start in kinds.items() if holds(start))
 
-# %% ../nbs/32_released.ipynb #20526d9a
-# Scores beside the weights are NumPy's numbers: harmless, and refused unless they are named.
+# %% ../nbs/32_released.ipynb #5ddc321d
+# Scores beside the weights are NumPy's numbers, which are refused unless named here.
 _SCALAR = np.float64(0).__reduce__()[0]
 _NUMBERS = [np.dtype, type(np.dtype("f8")), type(np.dtype("f4")), _SCALAR]
 _NUMBERS += [(_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -242,7 +251,7 @@ def released_network(release: Release, plan: Plan) -> Method:
     network.load_state_dict(state)
     return network.eval()
 
-# %% ../nbs/32_released.ipynb #20b20fa9
+# %% ../nbs/32_released.ipynb #65767f5d
 def check_people(release: Release, data: Data) -> None:
     """Raise ValueError unless checkpoint and data set have as many people to train on."""
     here = data.split.train.identity.nunique()
@@ -260,9 +269,10 @@ def evaluate_release(
 ) -> dict[str, list[Scores]]:
     """Test a checkpoint under all settings of its data set, and leave a run's folder.
 
-    Raises what `released_network` and `runs.open_data` do, ValueError if the data are not
-    those that it was trained on.
+    Raises what `released_network`, `runs.check_folder` and `runs.open_data` do, ValueError
+    if the data are not those that it was trained on.
     """
+    check_folder(plan)
     network, device = released_network(release, plan), pick_device(plan.given["device"])
     data = open_data(plan)
     check_people(release, data)

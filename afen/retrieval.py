@@ -29,7 +29,7 @@ from .evaluation import cosine_distances
 from .method import check_modality
 from .trained import TrainedRun
 
-# %% ../nbs/30_retrieval.ipynb #c2416e27
+# %% ../nbs/30_retrieval.ipynb #7ad3e5da
 def modality_of(
     path: Path | str,  # of an image or a folder
 ) -> str | None:
@@ -58,7 +58,7 @@ def list_crops(
     if None in words:
         raise ValueError(
             f"Nothing says whether {paths[words.index(None)]} in {folder} is visible or "
-            "infrared: give the modality, or put the images into folders of these names."
+            "infrared: say it, as with --modality infrared, or name their folder so."
         )
     return pd.DataFrame({"path": paths, "modality": words})
 
@@ -188,7 +188,7 @@ def read_image(path: Path | str, run: TrainedRun) -> Pixels:
     except Exception as error:  # Pillow raises a dozen kinds; each is a reason
         raise ValueError(f"Image {path} cannot be read: {reason(error)}.") from None
 
-# %% ../nbs/30_retrieval.ipynb #fb29e4f6
+# %% ../nbs/30_retrieval.ipynb #cdc94d12
 def query_modality(
     path: Path | str,
     gallery: Gallery,
@@ -203,8 +203,8 @@ def query_modality(
     word = given or modality_of(path) or next(iter(other), None)
     if word is None:
         raise ValueError(
-            f"Nothing says whether the query {path} is visible or infrared: give its "
-            "modality."
+            f"Nothing says whether the query {path} is visible or infrared: say it, as "
+            "with --query-modality visible."
         )
     check_modality(word)
     return word
@@ -266,10 +266,10 @@ def _draw(axes: Any, pixels: Pixels, title: str, colour: str) -> None:
     for spine in axes.spines.values():
         spine.set(visible=True, color=colour, linewidth=1.5)
 
-# %% ../nbs/30_retrieval.ipynb #42f56b0e
+# %% ../nbs/30_retrieval.ipynb #dab0ccd5
 @patch
 def save(self: Gallery, path: Path | str) -> Path:
-    """Write the gallery as one .npz, and in it whose features they are; returns its path."""
+    """Write the gallery, and whose features it holds, as one .npz; returns its path."""
     path = Path(path).expanduser().with_suffix(".npz")
     arrays = {
         "run": self.run.record["id"], "folder": str(self.folder),

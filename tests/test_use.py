@@ -334,7 +334,7 @@ def test_features_of_crops_are_written(shelf, crops, tmp_path, capsys):
 def test_a_search_leaves_lines_a_table_and_a_picture(shelf, crops, tmp_path, capsys, gallery):
     run, queries = sorted(shelf.iterdir())[0], sorted((crops / "day").iterdir())[:2]
     saved = gallery.save(tmp_path / "night.npz")
-    places = {"folder": (crops / "night", "--gallery-modality", "infrared"), "file": (saved,)}
+    places = {"folder": (crops / "night", "--modality", "infrared"), "file": (saved,)}
     tables = []
     for name, place in places.items():
         words = ("search", run, *queries, "--gallery", *place, "-k", 3, "-o", tmp_path / name)
@@ -365,7 +365,7 @@ def test_a_network_is_exported_and_checked(shelf, tmp_path, capsys):
         (["embed", "{run}", "{here}", "-o", "{here}/f.npz"], "There are no images in"),
         (["embed", "{run}", "{day}", "-o", "{here}/f.npz"], "Nothing says whether"),
         (["embed", "{run}", "{day}", "--modality", "thermal", "-o", "f"], '"thermal" is not'),
-        (["search", "{run}", "no.png", "--gallery", "{day}", "--gallery-modality", "visible",
+        (["search", "{run}", "no.png", "--gallery", "{day}", "--modality", "visible",
           "-o", "{here}/s"], "There is no image no.png"),
         (["search", "{run}", "no.png", "--gallery", "{here}/g.npz"], "There is no gallery"),
         (["export", "{run}", "--device", "tpu"], "Unknown device 'tpu'"),
