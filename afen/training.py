@@ -800,12 +800,15 @@ def _saved(self: Run) -> dict[str, Any] | None:
 @patch
 def _restore(self: Run, state: dict[str, Any]) -> None:
     """Go back to where a checkpoint stood; ValueError if other code wrote it."""
-    if words := first_difference(self.method.state_dict(), state["method"]):
+    saved = state.pop("method")
+    try:
+        self.method.load_state_dict(saved)  # DART's confidences take their size here
+    except (RuntimeError, KeyError) as error:
+        words = first_difference(self.method.state_dict(), saved)
         raise ValueError(
             f"The checkpoint in {self.folder} does not fit the method's network: {words}. "
             "Use the code that wrote it, or -p resume False to start again."
-        )
-    self.method.load_state_dict(state.pop("method"))
+        ) from error
     self.optimiser.load_state_dict(state.pop("optimiser"))
     for name, value in state.items():
         setattr(self, name, value)
