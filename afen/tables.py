@@ -159,15 +159,12 @@ def row_records(
 ) -> list[Mapping[str, Any]]:
     """The row's own runs; without one, finished runs of other recipes, as partial.
 
-    Runs that differ from the planned ones in precision alone are the row's own, if there
-    are no others: a machine may lack the planned one.
+    The precision is a part of the recipe, so that a run in another one is of another.
     """
-    records, row_parameters = list(records), list(row_parameters)
-    for free in ({}, {"precision": None}):
-        recipes = {recipe_of({**run, **free}) for run in row_parameters}
-        of_row = [r for r in records if recipe_of(r["parameters"] | free) in recipes]
-        if of_row:
-            return of_row
+    records, recipes = list(records), {recipe_of(run) for run in row_parameters}
+    of_row = [r for r in records if recipe_of(r["parameters"]) in recipes]
+    if of_row:
+        return of_row
     worth = {"full": "partial"}
     return [
         {**record, "status": worth.get(record["status"], record["status"])}
