@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['DATASET_TITLES', 'SETTING_TITLES', 'METRIC_TITLES', 'CELL', 'TOLERANCE', 'NEEDED', 'VERDICTS', 'PROTOCOL',
-           'NO_ACCESS', 'NOT_YET', 'OTHER_RECIPE', 'NONE_OF_ROW', 'STANDING', 'COLUMNS', 'DRAWS', 'FEWEST', 'published',
-           'departures', 'verdict', 'is_rendered', 'real_records', 'check_entry', 'recipe_of', 'row_records',
-           'over_splits', 'cell_result', 'table1', 'row_verdicts', 'outcome', 'number', 'plus_minus', 'wide_table',
-           'missing_reasons', 'notes', 'markdown', 'flat_table', 'table1_markdown', 'tex', 'table1_tex', 'sortable',
-           'table1_html', 'save_table1', 'write_text', 'bootstrap_interval', 'Comparison', 'compare', 'seed_values',
-           'spread', 'mean_and_range', 'side_of_reference', 'seed_covariances', 'seed_variance', 'write_block',
-           'read_block', 'state_block']
+           'NO_ACCESS', 'NOT_YET', 'OTHER_RECIPE', 'NONE_OF_ROW', 'STANDING', 'TABLE_COLUMNS', 'DRAWS', 'FEWEST',
+           'published', 'departures', 'verdict', 'is_rendered', 'real_records', 'check_entry', 'recipe_of',
+           'row_records', 'over_splits', 'cell_result', 'table1', 'row_verdicts', 'outcome', 'number', 'plus_minus',
+           'wide_table', 'missing_reasons', 'notes', 'markdown', 'flat_table', 'table1_markdown', 'tex', 'table1_tex',
+           'sortable', 'table1_html', 'save_table1', 'write_text', 'bootstrap_interval', 'Comparison', 'compare',
+           'seed_values', 'spread', 'mean_and_range', 'side_of_reference', 'seed_covariances', 'seed_variance',
+           'write_block', 'read_block', 'state_block']
 
 # %% ../nbs/23_tables.ipynb #c1413daf
 import html
@@ -244,11 +244,11 @@ def table1(
     rows = [_row(cell, runs, at_hand) for cell in cells]
     names = {f"{name}": f"original_{name}" for name in ("decimals", "source", "read")}
     other = departures().rename(columns=names).drop(columns="value")
-    return pd.DataFrame(rows, columns=COLUMNS).merge(other, on=CELL, how="left")
+    return pd.DataFrame(rows, columns=TABLE_COLUMNS).merge(other, on=CELL, how="left")
 
 
-COLUMNS = [*CELL, "title", "paper", "source", "mean", "std", "n", "over", "seeds"]
-COLUMNS += ["difference", "verdict", "status", "reason"]
+TABLE_COLUMNS = [*CELL, "title", "paper", "source", "mean", "std", "n", "over", "seeds"]
+TABLE_COLUMNS += ["difference", "verdict", "status", "reason"]
 
 
 def _row(
