@@ -92,7 +92,7 @@ WHICH = {
     "dataset": Parameter(str, options=NAMES),
     "root": Parameter(str, optional=True),
     "method": Parameter(str),  # `method_class` knows them
-    "preset": Parameter(str, options=("auto", "paper", "pocket")),
+    "preset": Parameter(str, options=("auto", "paper", "text", "pocket")),
     "trial": Parameter(int, low=1, high=10),
     "gallery": Parameter(str, options=("random", "official")),
     "noise": Parameter(float, low=0.0, high=1.0),
@@ -107,6 +107,7 @@ CHANGES = {
     "weight_decay": Parameter(float, low=0.0, optional=True),
     "lr": Parameter(float, low=0.0, optional=True),
     "backbone_lr": Parameter(float, low=0.0, optional=True),
+    "module_lr": Parameter(float, low=0.0, optional=True),
     "warmup": Parameter(int, low=0, optional=True),
     "clip": Parameter(float, low=0.0, optional=True),
     "nesterov": Parameter(bool, optional=True),
@@ -189,6 +190,8 @@ class Plan:
         """All that the scores depend on, apart from the data and the code."""
         which = {k: self.given[k] for k in WHICH if k != "root"}
         recipe = asdict(self.recipe) | {"drops": list(self.recipe.drops)}
+        if recipe["module_lr"] is None:  # not there, so that names of runs stay
+            del recipe["module_lr"]
         if self.weights_hash:  # what a file holds decides, not where it lies
             recipe["weights"] = f"file:{self.weights_hash}"
         how = {"steps": self.given["steps"], "precision": recipe.pop("precision")}
@@ -210,6 +213,11 @@ def make_plan(given: Mapping[str, Any]) -> Plan:
     nearest(p["preset"], kind.recipes, f"preset of {kind.name}")
     whole, switches = kind.configuration(p["preset"], p["dataset"])
     recipe = change_recipe(whole, changes)
+    if recipe.module_lr is not None and not kind.inserted:
+        raise ValueError(
+            f"Method {kind.name} inserts no modules into its backbone: leave out "
+            "-p module_lr."
+        )
     named = {k: p[k] for k in SWITCHES if k != "options" and p[k] is not None}
     for name in named.keys() - kind.switches.keys():
         has = ", ".join(kind.switches) or "none"
