@@ -60,7 +60,7 @@ STARTS = {
 
 @pytest.mark.parametrize("name", STARTS)
 def test_at_the_start_the_network_is_its_base(name):
-    """The same weights in both: every feature is equal, to the last bit."""
+    """Behind a gate or a zero_projection: with the same weights every feature is equal."""
     seed_everything(0)
     method = create("afen", 5, POCKET_RECIPE, **STARTS[name]).eval()
     base = create("afen", 5, POCKET_RECIPE, mecs="none", fem="none").eval()
