@@ -24,7 +24,7 @@ ROOMS = [
     "core", "people", "datasets", "batches", "augment", "joints", "corruptions",
     "backbone", "blocks",
     "mecs", "fem", "losses", "method", "methods", "evaluation", "training", "records",
-    "tables", "figures", "runs", "grid", "trained", "probes", "claims",
+    "tables", "figures", "runs", "grid", "trained", "probes", "claims", "verdicts",
 ]  # fmt: skip
 
 
