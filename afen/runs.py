@@ -24,7 +24,7 @@ WHICH = {
     "dataset": Parameter(str, options=NAMES),
     "root": Parameter(str, optional=True),
     "method": Parameter(str),  # `method_class` knows them
-    "preset": Parameter(str, options=("auto", "paper", "pocket")),
+    "preset": Parameter(str, options=("auto", "paper", "text", "pocket")),
     "trial": Parameter(int, low=1, high=10),
     "gallery": Parameter(str, options=("random", "official")),
     "noise": Parameter(float, low=0.0, high=1.0),
@@ -39,6 +39,7 @@ CHANGES = {
     "weight_decay": Parameter(float, low=0.0, optional=True),
     "lr": Parameter(float, low=0.0, optional=True),
     "backbone_lr": Parameter(float, low=0.0, optional=True),
+    "module_lr": Parameter(float, low=0.0, optional=True),
     "warmup": Parameter(int, low=0, optional=True),
     "clip": Parameter(float, low=0.0, optional=True),
     "nesterov": Parameter(bool, optional=True),
@@ -113,6 +114,8 @@ class Plan:
         """All that the scores depend on, apart from the data and the code."""
         which = {k: self.given[k] for k in WHICH if k != "root"}
         recipe = asdict(self.recipe) | {"drops": list(self.recipe.drops)}
+        if recipe["module_lr"] is None:  # not there, so that names of runs stay
+            del recipe["module_lr"]
         if self.weights_hash:  # what a file holds decides, not where it lies
             recipe["weights"] = f"file:{self.weights_hash}"
         how = {"steps": self.given["steps"], "precision": recipe.pop("precision")}
@@ -134,6 +137,11 @@ def make_plan(given: Mapping[str, Any]) -> Plan:
     nearest(p["preset"], kind.recipes, f"preset of {kind.name}")
     whole, switches = kind.configuration(p["preset"], p["dataset"])
     recipe = change_recipe(whole, changes)
+    if recipe.module_lr is not None and not kind.inserted:
+        raise ValueError(
+            f"Method {kind.name} inserts no modules into its backbone: leave out "
+            "-p module_lr."
+        )
     options = chosen_options(p, kind, switches)
     pick_device(p["device"])  # one that is not there is refused here
     file = start_file(recipe.weights)

@@ -83,15 +83,20 @@ def _cosine(recipe: Recipe, epoch: int, floor: float) -> float:
 
 # %% ../nbs/21_training.ipynb #479374c4
 def parameter_groups(method: Method) -> list[dict[str, Any]]:
-    """Two optimiser groups, each with its `share` of the learning rate."""
-    head = {id(p) for p in method.head_parameters()}
+    """Optimiser groups, each with its `share` of the learning rate.
+
+    Head and backbone, and inserted modules if the recipe has a rate for them.
+    """
+    recipe, head = method.recipe, {id(p) for p in method.head_parameters()}
+    own = recipe.module_lr is not None
+    modules = {id(p) for p in method.module_parameters()} - head if own else set()
     learning = [p for p in method.parameters() if p.requires_grad]
+    shares = [(head, 1.0)]
+    shares.append(({id(p) for p in learning} - head - modules, recipe.backbone_lr))
+    shares.append((modules, recipe.module_lr))
     groups = [
-        {"params": [p for p in learning if id(p) in head], "share": 1.0},
-        {
-            "params": [p for p in learning if id(p) not in head],
-            "share": method.recipe.backbone_lr,
-        },
+        {"params": [p for p in learning if id(p) in chosen], "share": share}
+        for chosen, share in shares
     ]
     return [group for group in groups if group["params"]]
 

@@ -75,6 +75,7 @@ class AGW(Method):
 
     name, title = "agw", "AGW"
     weighted_triplet = True
+    inserted = (NonLocal,)
     switches: ClassVar[dict[str, Parameter]] = {
         "nonlocal_blocks": Parameter(bool),
         "nonlocal_width": Parameter(int, low=0),  # 0 is half the channels
