@@ -9,14 +9,17 @@ __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'OTH
            'open_data', 'check_switches', 'data_line', 'start', 'finished_record', 'changed_data', 'go_to_end',
            'record_line', 'score', 'score_table', 'one_line', 'watched', 'begin_record', 'end_record', 'save_weights',
            'sealed_weights', 'are_intact', 'draw', 'ranked_images', 'carry_out', 'page_records', 'page_scores',
-           'page_curves']
+           'page_curves', 'typed', 'main']
 
 # %% ../nbs/25_runs.ipynb #59e2a2e5
+import argparse
+import ast
 import json
 import math
+import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -61,6 +64,14 @@ from afen.evaluation import (
 from .joints import with_joints
 from .method import Method, Recipe, create, method_class
 from .people import POCKET_SETS
+from afen.ranks import (
+    check_processes,
+    first_then_others,
+    is_first,
+    processes,
+    together,
+    wait,
+)
 from afen.records import (
     keep_notebook,
     load_records,
@@ -259,6 +270,7 @@ def check_machine(plan: Plan) -> None:
     p, device = plan.given, pick_device(plan.given["device"])
     check_precision(device, plan.recipe.precision)
     check_chunk(method_class(p["method"]), p["chunk"])
+    check_processes(processes(), plan.recipe.identities, p["chunk"], p["compile"])
     if p["compile"]:
         check_compiler(device)
     check_folder(plan)
@@ -629,7 +641,7 @@ def end_record(
         "reason": "; ".join([*_why(plan, status), *data.departures, *run.warnings]),
         "scores": entries,
         "history": rounded_rows(run.rows),
-        "machine": machine(run.device, seconds, run.words),
+        "machine": machine(run.device, seconds, run.words) | {"processes": processes()},
     }
     return write_record(record, plan.folder)
 
@@ -771,13 +783,21 @@ def _caption(name: str, plan: Plan, setting: str) -> str:
     return f"{figures.CAPTIONS[name]} ({about}{where}.)"
 
 # %% ../nbs/25_runs.ipynb #9c187e29
-def carry_out(plan: Plan) -> None:
-    """Train, score and draw, as `train.ipynb` does cell by cell."""
+def carry_out(plan: Plan, progress: bool = False) -> None:
+    """Train, score and draw, as `train.ipynb` does cell by cell.
+
+    Of several processes all train, and the first does the rest.
+    """
     check_machine(plan)
-    data = open_data(plan)
+    with first_then_others():  # one packs images that are not packed yet
+        data = open_data(plan)
     run = start(plan, data)
+    wait()  # until all have read what is in the folder
+    if not is_first():
+        run.fit(progress=False)
+        return
     record = begin_record(plan, data)
-    metrics = run.fit(progress=False)
+    metrics = run.fit(progress)
     features, scores = score(plan, data, run)
     end_record(record, plan, data, run, scores)
     draw(plan, data, metrics, features, scores)
@@ -821,3 +841,31 @@ def page_curves(method: str) -> Figure:
         f"papermill nbs/train.ipynb runs/{method}.ipynb -p method {method}, and copy "
         "its record there."
     )
+
+# %% ../nbs/25_runs.ipynb #d157a002
+def typed(word: str) -> Any:
+    """A parameter's value as Python reads it; what is no literal is text."""
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return word
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Train, score and draw one run, with the parameters of nbs/train.ipynb."""
+    parser = argparse.ArgumentParser(prog="python -m afen.runs", description=main.__doc__)
+    pair = {"nargs": 2, "action": "append", "metavar": ("NAME", "VALUE"), "default": []}
+    parser.add_argument("-p", dest="given", help="a parameter", **pair)
+    given = {name: typed(value) for name, value in parser.parse_args(words).given}
+    try:
+        plan = make_plan(DEFAULTS | given)
+        with together(pick_device(plan.given["device"])):
+            carry_out(plan, progress=True)
+            if is_first():
+                print(record_line(read_record(plan.folder / "record.json")))
+    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+# %% ../nbs/25_runs.ipynb #d157a004
+if __name__ == "__main__" and "__file__" in globals():  # not in the notebook
+    main()

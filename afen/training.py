@@ -55,6 +55,13 @@ from afen.core import (
 from .backbone import MODALITIES, DualResNet, Head, first_difference
 from .losses import check_batch, check_labels
 from .method import Method, Recipe, check_modality
+from afen.ranks import (
+    average_gradients,
+    check_processes,
+    is_first,
+    processes,
+    synchronise,
+)
 
 # %% ../nbs/21_training.ipynb #35bfee57
 def lr_factor(
@@ -190,6 +197,7 @@ def train_step(
         losses = backward_in_chunks(method, batch, precision, scaler, chunk)
     else:
         losses = backward(method, batch, epoch, precision, scaler)
+    average_gradients(method.parameters())
     if method.recipe.clip:
         scaler.unscale_(optimiser)
         torch.nn.utils.clip_grad_norm_(method.parameters(), method.recipe.clip)
@@ -483,6 +491,7 @@ def circumstances() -> dict[str, str]:
         "code": digest(*sources)[:8],
         "torch": str(torch.__version__),
         "threads": str(torch.get_num_threads()),
+        "processes": str(processes()),
     }
 
 
@@ -590,6 +599,7 @@ class Run:
         compiled: bool = False,  # whether torch.compile makes the network's code
     ):
         check_chunk(type(method), chunk)
+        check_processes(processes(), method.recipe.identities, chunk, compiled)
         prepare_device(device)
         self.chunk, self.compiled = chunk, compiled
         self.watch: tuple[int, Callable[[], dict[str, float]]] | None = None
@@ -608,7 +618,8 @@ class Run:
         saved = self._saved() if resume else None
         if saved:
             self._restore(saved)
-        else:
+        synchronise(self.method)
+        if not saved:
             self.seconds = self.measure()
 
 # %% ../nbs/21_training.ipynb #b90672c0
@@ -622,10 +633,10 @@ def _check_labels(self: Run) -> None:
 # %% ../nbs/21_training.ipynb #cf3d883b
 @patch
 def memory(self: Run) -> dict[str, int]:
-    """What a step needs, `memory_of_step` on batches of two identities."""
+    """What a step needs of each device, `memory_of_step` on batches of few identities."""
     recipe, small = self.method.recipe, []
     for images in (2, 4):
-        few = replace(recipe, identities=2, images=images)
+        few = replace(recipe, identities=max(2, processes()), images=images)
         sampler = make_sampler(self.table, few, self.seed, self.method.draws)
         stream = batches(self.packed, self.table, sampler, 0, 0, self.device, self.seed)
         small.append(next(stream))
@@ -726,7 +737,7 @@ class EpochBar(text_tqdm):
 @patch
 def _watched(self: Run, epoch: int) -> dict[str, float]:
     """The scores of an epoch that is watched; nothing for another."""
-    if self.watch is None or (epoch + 1) % self.watch[0]:
+    if self.watch is None or (epoch + 1) % self.watch[0] or not is_first():
         return {}
     return self.watch[1]()
 
@@ -771,7 +782,7 @@ def _set_scale(self: Run, state: dict[str, Any]) -> None:
 @patch
 def _save(self: Run) -> None:
     """Leave the checkpoint and the metrics in the folder."""
-    if self.folder is None:
+    if self.folder is None or not is_first():
         return
     with atomic_path(self.folder / "metrics.csv") as draft:
         pd.DataFrame(self.rows).to_csv(draft, index=False)

@@ -47,6 +47,7 @@ from afen.losses import (
     pairwise_distances,
 )
 from ..method import POCKET_RECIPE, Method, Recipe, check_modality
+from ..ranks import in_shares
 
 # %% ../../nbs/methods/pmt.ipynb #27cd6e02
 class OverlappingPatches(PatchEmbed):
@@ -380,7 +381,8 @@ WEIGHT = 0.5  # of MSEL and of DCL
 def losses(self: PMT, batch: Any, epoch: int) -> dict[str, Tensor]:
     """The terms of Eq. (5) in the grey phase, those of Eq. (6) after it."""
     labels = torch.cat([batch.visible_labels, batch.infrared_labels])
-    features, _, logits = self.head(self.vit(torch.cat(self.views(batch, epoch))))
+    read = lambda *views: self.head(self.vit(torch.cat(views)))
+    features, _, logits = in_shares(read, *self.views(batch, epoch))
     parts = zip(MODALITIES, logits.chunk(2), labels.chunk(2))
     terms = {f"identity_{m}": identity_loss(z, y) for m, z, y in parts}
     if self.in_gray(epoch):

@@ -26,6 +26,7 @@ from afen.losses import (
     pairwise_distances,
 )
 from ..method import POCKET_RECIPE, Method, Recipe, check_modality
+from ..ranks import in_shares
 
 
 # %% ../../nbs/methods/xmodal.ipynb #c4398bc6
@@ -164,7 +165,8 @@ def losses(self: XModality, batch: Any, epoch: int) -> dict[str, Tensor]:
     labels = torch.cat(
         [batch.visible_labels, batch.infrared_labels, batch.visible_labels]
     )
-    pooled, _, logits = self.head(self.net(torch.cat(self.views(batch))))
+    read = lambda *views: self.head(self.net(torch.cat(views)))
+    pooled, _, logits = in_shares(read, *self.views(batch))
     parts = zip(("visible", "infrared", "x"), logits.chunk(3), labels.chunk(3))
     identity = {f"identity_{m}": identity_loss(z, y, SMOOTHING) for m, z, y in parts}
     across = self.centre_terms(pooled.chunk(3), labels.chunk(3))
