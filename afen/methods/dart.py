@@ -234,7 +234,8 @@ def adaptive_quadruplet(
         false_positive=~sure[positives[:, 0]],
         false_negative=~sure[k] & (predictions[k] == labels),
     )
-    return F.relu(gap + margin)[sure].sum() / sure.sum().clamp(min=1)
+    hinges = torch.where(sure, F.relu(gap + margin), 0.0)  # waits for no count of them
+    return hinges.sum() / sure.sum().clamp(min=1)
 
 # %% ../../nbs/methods/dart.ipynb #4e8354c7
 @patch

@@ -43,6 +43,7 @@ from afen.losses import (
     identity_centres,
     identity_loss,
     intra_modality_triplet,
+    mean_over_identities,
     on_host,
     pairwise_distances,
 )
@@ -347,14 +348,15 @@ def dcl(
     Equal to the released numbers. Raises ValueError when an anchor has no triplet.
     """
     check_batch(features, labels)
-    identities, centres = identity_centres(features, labels)
-    distances = pairwise_distances(centres, features)  # [P, N]
-    of_centre = identities[:, None] == labels
-    mean = _masked_mean(distances, ~of_centre)  # [P]
+    centres = identity_centres(features, labels, of=labels)  # [N, D], one per image
+    distances = pairwise_distances(centres, features)  # [N, N]
+    of_centre = labels[:, None] == labels
+    mean = _masked_mean(distances, ~of_centre)  # [N]
     # Rounding may put the mean of equal numbers below them: keep the nearest always.
     nearest = distances.masked_fill(of_centre, torch.inf).amin(dim=1)
     hard = ~of_centre & (distances <= torch.maximum(mean, nearest)[:, None])
-    return distances[of_centre].mean() / _masked_mean(distances, hard).mean()
+    far = mean_over_identities(_masked_mean(distances, hard), labels)
+    return distances.diagonal().mean() / far
 
 # %% ../../nbs/methods/pmt.ipynb #ab1cd112
 @patch
