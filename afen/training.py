@@ -9,7 +9,8 @@ __all__ = ['PRECISIONS', 'EARLY', 'AT_ONCE', 'SPREAD', 'AMPERE', 'lr_factor', 'p
            'seconds_per_step', 'kept_state', 'estimate', 'saved_bytes', 'memory_of_step', 'memory_words', 'health',
            'train_epoch', 'save_checkpoint', 'path_before', 'append_checksum', 'circumstances', 'changed_circumstances',
            'load_checkpoint', 'prepare_device', 'compiled_parts', 'compile_method', 'check_compiler', 'Run',
-           'progress_bar', 'EpochBar', 'embed', 'check_finite', 'collapse', 'check_precision', 'precision_words']
+           'progress_bar', 'EpochBar', 'embed', 'unit_features', 'at_once', 'check_words', 'check_finite', 'collapse',
+           'check_precision', 'precision_words']
 
 # %% ../nbs/21_training.ipynb #08cf3b5a
 import math
@@ -835,30 +836,44 @@ def embed(
     Raises ValueError for a word that is no modality or for another number of words than
     of images, FloatingPointError when the network gives no numbers.
     """
+    words, units, order = np.asarray(modality), [], []
+    check_words(words, len(packed))
     method.eval()
-    units, order, words = [], [], np.asarray(modality)
-    if not 0 < len(words) == len(packed):
-        raise ValueError(
-            f"There are {len(packed)} images and {len(words)} modalities: give at least "
-            "one image, and one word per image."
-        )
-    for word in pd.unique(words):
-        check_modality(word)
     for name in MODALITIES:
-        rows = np.flatnonzero(words == name)
-        if len(rows) == 0:  # crops of one camera
-            continue
-        for part in np.array_split(rows, math.ceil(len(rows) / AT_ONCE)):
-            images = packed.batch(part, device)
-            views = [images, images.flip(3)] if flip else [images]
-            mean = sum(method.embed(view, name).float() for view in views)
-            units.append(F.normalize(mean))  # on the device: fetched once
-            order.append(part)
-    features = torch.cat(units).cpu().numpy()[np.concatenate(order).argsort()]
+        for rows in at_once(words == name):
+            images = packed.batch(rows, device)
+            units.append(unit_features(method, images, name, flip))
+            order.append(rows)
+    features = torch.cat(units).cpu().numpy()  # fetched from the device once
+    features = features[np.concatenate(order).argsort()]
     check_finite(features)
     return features
 
+
+def unit_features(method: Method, images: Tensor, modality: str, flip: bool) -> Tensor:
+    """Unit features [B, D] of a batch, averaged with those of its mirror if `flip`."""
+    views = [images, images.flip(3)] if flip else [images]
+    return F.normalize(sum(method.embed(view, modality).float() for view in views))
+
+
+def at_once(chosen: np.ndarray) -> list[np.ndarray]:
+    """The rows that are chosen (bool [N]), in parts that are embedded together."""
+    rows = np.flatnonzero(chosen)
+    n = math.ceil(len(rows) / AT_ONCE)
+    return np.array_split(rows, n) if n else []  # none: crops of one camera
+
 # %% ../nbs/21_training.ipynb #e92e61a9
+def check_words(words: np.ndarray, images: int) -> None:
+    """Raise ValueError unless each of so many images has the name of a modality."""
+    if not 0 < len(words) == images:
+        raise ValueError(
+            f"There are {images} images and {len(words)} modalities: give at least one "
+            "image, and one word per image."
+        )
+    for word in pd.unique(words):
+        check_modality(word)
+
+
 def check_finite(features: np.ndarray) -> None:
     """Raise FloatingPointError if the network no longer gives numbers."""
     if not np.isfinite(features).all():
