@@ -22,7 +22,7 @@ NOTEBOOKS = sorted(
 )
 ROOMS = [
     "core", "people", "datasets", "batches", "augment", "joints", "backbone", "blocks",
-    "mecs", "fem", "losses", "method", "methods", "evaluation", "training", "records",
+    "mecs", "fem", "losses", "method", "ranks", "methods", "evaluation", "training", "records",
     "tables", "figures", "runs", "grid", "trained", "probes", "claims",
 ]  # fmt: skip
 
