@@ -132,7 +132,7 @@ def views(self: AGW, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
 def losses(self: AGW, batch: Any, epoch: int) -> dict[str, Tensor]:
     """The identity loss and the metric loss."""
     visible, infrared, labels = self.views(batch)
-    pool = lambda *views: self.head.pool(self.net(*views))
+    pool = lambda *views: self.head.pool(self.net(*views))  # a share, on several GPUs
     return self.pooled_losses(in_shares(pool, visible, infrared), labels)
 
 
