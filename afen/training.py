@@ -9,7 +9,8 @@ __all__ = ['PRECISIONS', 'EARLY', 'AT_ONCE', 'SPREAD', 'AMPERE', 'lr_factor', 'p
            'seconds_per_step', 'kept_state', 'estimate', 'saved_bytes', 'memory_of_step', 'memory_words', 'health',
            'train_epoch', 'save_checkpoint', 'path_before', 'append_checksum', 'circumstances', 'changed_circumstances',
            'load_checkpoint', 'prepare_device', 'compiled_parts', 'compile_method', 'check_compiler', 'Run',
-           'progress_bar', 'EpochBar', 'embed', 'check_finite', 'collapse', 'check_precision', 'precision_words']
+           'progress_bar', 'EpochBar', 'embed', 'unit_features', 'at_once', 'check_words', 'check_finite', 'collapse',
+           'check_precision', 'precision_words']
 
 # %% ../nbs/21_training.ipynb #08cf3b5a
 import math
@@ -54,6 +55,13 @@ from afen.core import (
 from .backbone import MODALITIES, DualResNet, Head, first_difference
 from .losses import check_batch, check_labels
 from .method import Method, Recipe, check_modality
+from afen.ranks import (
+    average_gradients,
+    check_processes,
+    is_first,
+    processes,
+    synchronise,
+)
 
 # %% ../nbs/21_training.ipynb #35bfee57
 def lr_factor(
@@ -194,6 +202,7 @@ def train_step(
         losses = backward_in_chunks(method, batch, precision, scaler, chunk)
     else:
         losses = backward(method, batch, epoch, precision, scaler)
+    average_gradients(method.parameters())
     if method.recipe.clip:
         scaler.unscale_(optimiser)
         torch.nn.utils.clip_grad_norm_(method.parameters(), method.recipe.clip)
@@ -487,6 +496,7 @@ def circumstances() -> dict[str, str]:
         "code": digest(*sources)[:8],
         "torch": str(torch.__version__),
         "threads": str(torch.get_num_threads()),
+        "processes": str(processes()),
     }
 
 
@@ -594,6 +604,7 @@ class Run:
         compiled: bool = False,  # whether torch.compile makes the network's code
     ):
         check_chunk(type(method), chunk)
+        check_processes(processes(), method.recipe.identities, chunk, compiled)
         prepare_device(device)
         self.chunk, self.compiled = chunk, compiled
         self.watch: tuple[int, Callable[[], dict[str, float]]] | None = None
@@ -612,7 +623,8 @@ class Run:
         saved = self._saved() if resume else None
         if saved:
             self._restore(saved)
-        else:
+        synchronise(self.method)
+        if not saved:
             self.seconds = self.measure()
 
 # %% ../nbs/21_training.ipynb #b90672c0
@@ -626,10 +638,10 @@ def _check_labels(self: Run) -> None:
 # %% ../nbs/21_training.ipynb #cf3d883b
 @patch
 def memory(self: Run) -> dict[str, int]:
-    """What a step needs, `memory_of_step` on batches of two identities."""
-    recipe, small = self.method.recipe, []
+    """What a step needs of each device, `memory_of_step` on batches of few identities."""
+    recipe, small, few = self.method.recipe, [], max(2, processes())
     drawn = [
-        rows.reshape(self.method.draws, recipe.identities, recipe.images)[:, :2]
+        rows.reshape(self.method.draws, recipe.identities, recipe.images)[:, :few]
         for rows in self.sampler.draw(0, 0)
     ]
     for images in (2, 4):  # an identity may have fewer: its rows are taken again
@@ -734,7 +746,7 @@ class EpochBar(text_tqdm):
 @patch
 def _watched(self: Run, epoch: int) -> dict[str, float]:
     """The scores of an epoch that is watched; nothing for another."""
-    if self.watch is None or (epoch + 1) % self.watch[0]:
+    if self.watch is None or (epoch + 1) % self.watch[0] or not is_first():
         return {}
     return self.watch[1]()
 
@@ -779,7 +791,7 @@ def _set_scale(self: Run, state: dict[str, Any]) -> None:
 @patch
 def _save(self: Run) -> None:
     """Leave the checkpoint and the metrics in the folder."""
-    if self.folder is None:
+    if self.folder is None or not is_first():
         return
     with atomic_path(self.folder / "metrics.csv") as draft:
         pd.DataFrame(self.rows).to_csv(draft, index=False)
@@ -835,30 +847,44 @@ def embed(
     Raises ValueError for a word that is no modality or for another number of words than
     of images, FloatingPointError when the network gives no numbers.
     """
+    words, units, order = np.asarray(modality), [], []
+    check_words(words, len(packed))
     method.eval()
-    units, order, words = [], [], np.asarray(modality)
-    if not 0 < len(words) == len(packed):
-        raise ValueError(
-            f"There are {len(packed)} images and {len(words)} modalities: give at least "
-            "one image, and one word per image."
-        )
-    for word in pd.unique(words):
-        check_modality(word)
     for name in MODALITIES:
-        rows = np.flatnonzero(words == name)
-        if len(rows) == 0:  # crops of one camera
-            continue
-        for part in np.array_split(rows, math.ceil(len(rows) / AT_ONCE)):
-            images = packed.batch(part, device)
-            views = [images, images.flip(3)] if flip else [images]
-            mean = sum(method.embed(view, name).float() for view in views)
-            units.append(F.normalize(mean))  # on the device: fetched once
-            order.append(part)
-    features = torch.cat(units).cpu().numpy()[np.concatenate(order).argsort()]
+        for rows in at_once(words == name):
+            images = packed.batch(rows, device)
+            units.append(unit_features(method, images, name, flip))
+            order.append(rows)
+    features = torch.cat(units).cpu().numpy()  # fetched from the device once
+    features = features[np.concatenate(order).argsort()]
     check_finite(features)
     return features
 
+
+def unit_features(method: Method, images: Tensor, modality: str, flip: bool) -> Tensor:
+    """Unit features [B, D] of a batch, averaged with those of its mirror if `flip`."""
+    views = [images, images.flip(3)] if flip else [images]
+    return F.normalize(sum(method.embed(view, modality).float() for view in views))
+
+
+def at_once(chosen: np.ndarray) -> list[np.ndarray]:
+    """The rows that are chosen (bool [N]), in parts that are embedded together."""
+    rows = np.flatnonzero(chosen)
+    n = math.ceil(len(rows) / AT_ONCE)
+    return np.array_split(rows, n) if n else []  # none: crops of one camera
+
 # %% ../nbs/21_training.ipynb #e92e61a9
+def check_words(words: np.ndarray, images: int) -> None:
+    """Raise ValueError unless each of so many images has the name of a modality."""
+    if not 0 < len(words) == images:
+        raise ValueError(
+            f"There are {images} images and {len(words)} modalities: give at least one "
+            "image, and one word per image."
+        )
+    for word in pd.unique(words):
+        check_modality(word)
+
+
 def check_finite(features: np.ndarray) -> None:
     """Raise FloatingPointError if the network no longer gives numbers."""
     if not np.isfinite(features).all():

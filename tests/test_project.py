@@ -23,8 +23,8 @@ NOTEBOOKS = sorted(
 ROOMS = [
     "core", "people", "datasets", "batches", "augment", "joints", "corruptions",
     "backbone", "blocks",
-    "mecs", "fem", "losses", "method", "methods", "evaluation", "training", "records",
-    "tables", "figures", "runs", "grid", "trained", "probes", "claims", "verdicts",
+    "mecs", "fem", "losses", "method", "ranks", "methods", "evaluation", "training",
+    "records", "tables", "figures", "runs", "grid", "trained", "probes", "claims", "verdicts",
 ]  # fmt: skip
 
 
