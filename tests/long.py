@@ -58,7 +58,13 @@ def numerics(folder, given):
     return import_module("tests.long_numerics").numerics(folder, given.seed)
 
 
-PARTS = {part.__name__: part for part in (broken, fuzz, properties, numerics, kills)}
+def package(folder, given):
+    """A wheel, an empty environment, nbdev 3, licences."""
+    return import_module("tests.long_package").package(folder)
+
+
+EVERY = (package, broken, fuzz, properties, numerics, kills)
+PARTS = {part.__name__: part for part in EVERY}
 
 
 def measure(name, given):
