@@ -20,7 +20,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -624,11 +623,15 @@ def _check_labels(self: Run) -> None:
 def memory(self: Run) -> dict[str, int]:
     """What a step needs, `memory_of_step` on batches of two identities."""
     recipe, small = self.method.recipe, []
-    for images in (2, 4):
-        few = replace(recipe, identities=2, images=images)
-        sampler = make_sampler(self.table, few, self.seed, self.method.draws)
-        stream = batches(self.packed, self.table, sampler, 0, 0, self.device, self.seed)
-        small.append(next(stream))
+    drawn = [
+        rows.reshape(self.method.draws, recipe.identities, recipe.images)[:, :2]
+        for rows in self.sampler.draw(0, 0)
+    ]
+    for images in (2, 4):  # an identity may have fewer: its rows are taken again
+        halves = (rows[..., np.arange(images) % recipe.images] for rows in drawn)
+        generator = torch_generator("augment", self.seed, 0, 0)
+        rows = (half.reshape(-1) for half in halves)
+        small.append(make_batch(self.packed, self.table, *rows, self.device, generator))
     whole = 2 * recipe.identities * recipe.images * self.method.draws
     share = 1.0
     if self.chunk:
