@@ -35,8 +35,8 @@ CHANGES = {
     "epochs": Parameter(int, low=1, optional=True),
     "identities": Parameter(int, low=2, optional=True),
     "images": Parameter(int, low=2, optional=True),
-    "height": Parameter(int, low=32, optional=True),
-    "width": Parameter(int, low=16, optional=True),
+    "height": Parameter(int, low=32, high=4096, optional=True),
+    "width": Parameter(int, low=16, high=4096, optional=True),
     "weight_decay": Parameter(float, low=0.0, optional=True),
     "lr": Parameter(float, low=0.0, optional=True),
     "backbone_lr": Parameter(float, low=0.0, optional=True),
@@ -728,16 +728,20 @@ def check_machine(plan: Plan) -> None:
     check_folder(plan)
 
 # %% ../nbs/25_runs.ipynb #9b0e21d9
+import os
+
+
 def check_folder(plan: Plan) -> None:
     """Raise OSError if the run's folder cannot be written, ValueError if it is another's."""
     above = (plan.folder, *plan.folder.absolute().parents)
-    place = next(folder for folder in above if folder.exists())
     try:
+        place = next(folder for folder in above if folder.exists())
         tempfile.TemporaryFile(dir=place).close()
-    except OSError as error:
+        os.path.realpath(plan.folder)  # refuses what no path can hold
+    except (OSError, ValueError) as error:
         raise OSError(
-            f"Folder {short_path(plan.folder)} cannot be written ({error.strerror}): use "
-            "another -p out."
+            f"Folder {short_path(plan.folder):.200} cannot be written "
+            f"({getattr(error, 'strerror', error)}): use another -p out."
         ) from None
     last = last_record(plan)
     if last and last["id"] != run_id(plan.parameters):
