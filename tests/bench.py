@@ -6,6 +6,7 @@ variant, goes to runs/bench/<moment>.json; copied to data/records/speed, it is r
 nbs/speed.ipynb.
 """
 
+import gc
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -144,16 +146,19 @@ def views() -> dict[str, Run]:
     generator = torch_generator("bench")
     visible, infrared = batch[:32], batch[32:]
 
-    def ours() -> Tensor:
+    def theirs() -> list[Tensor]:
+        halves = pictures[:32], pictures[:32], pictures[32:]
+        weak, channel, other = (torch.stack([*map(one, half)]) for half in halves)
+        return [torch.cat([weak, channel]), other]
+
+    def ours() -> list[Tensor]:  # as CAJ has them
         weak, channel = augment.weak_view, augment.channel_view
-        made = [view(visible, generator) for view in (weak, channel)]
-        return torch.cat([*made, augment.infrared_view(infrared, generator)])
+        made = torch.cat([view(visible, generator) for view in (weak, channel)])
+        return [made, augment.infrared_view(infrared, generator)]
 
     whole = torch.cat([visible, batch]).contiguous()
     return {
-        "PIL, image by image": lambda: torch.stack(
-            [one(p) for p in [*pictures[:32], *pictures]]
-        ),
+        "PIL, image by image": theirs,
         "ours": ours,
         "floor": lambda: whole.float(),  # every byte is read and every number written
     }
@@ -307,12 +312,13 @@ def exact_search(
 
 
 WIDTH = 256  # of the features: time and memory go with it
+IMAGES = 10  # of each person in the gallery, and how many nearest are asked for
 
 
 def crowd(n_gallery: int, n_query: int) -> tuple[Tensor, Tensor]:
-    """Features of people, ten images of each: a point in space, and noise around it."""
+    """Features of people, IMAGES of each: a point in space, and noise around it."""
     generator = torch_generator("bench", n_gallery)
-    people = torch.randn(max(1, n_gallery // 10), WIDTH, generator=generator)
+    people = torch.randn(max(1, n_gallery // IMAGES), WIDTH, generator=generator)
     sides = []
     for n in (n_query, n_gallery):
         noise = torch.randn(n, WIDTH, generator=generator)
@@ -327,6 +333,7 @@ def crowd(n_gallery: int, n_query: int) -> tuple[Tensor, Tensor]:
 @contextmanager
 def peak_memory() -> Iterator[list[float]]:
     """The most memory that the block held beyond what there was, in MB: one number."""
+    gc.collect()  # what goes during the block would be subtracted
     process, done, most = psutil.Process(), threading.Event(), [0.0]
     before = process.memory_info().rss
 
@@ -355,7 +362,7 @@ def point(case: str, variant: str, x: float, run: Run, repeats: int = 2) -> dict
 
 STEP_SIZES = {  # of a curve, AFEN's step at each of its points
     "views": [{"people": n} for n in (2, 4, 8)],
-    "height": [{"height": h, "width": h // 2} for h in (72, 144, 288, 384)],
+    "height": [{"height": h, "width": h // 2} for h in (72, 144, 216, 288)],
     "identities": [{"n_identities": 10**k} for k in (2, 3, 4, 5)],
 }
 
@@ -384,18 +391,20 @@ def growth_of_evaluation() -> Iterator[dict[str, Any]]:
     for n in GALLERIES:
         case = trial(64, n, "regdb", 0)
         case |= {"gallery_ids": np.arange(n) % (n // 10), "query_ids": np.arange(64)}
-        yield point("growth of evaluation", "ours", n, partial(evaluate, **case))
+        held = {"held_megabytes": case["distances"].nbytes / 1e6}
+        yield point("growth of evaluation", "ours", n, partial(evaluate, **case)) | held
 
 
 def growth_of_search() -> Iterator[dict[str, Any]]:
-    """Twenty nearest of 64 queries, exact, and by faiss where it is installed."""
+    """The nearest of 64 queries, exact, and by faiss where it is installed."""
     for n in GALLERIES:
         query, gallery = crowd(n, 64)
-        run = partial(exact_search, query, gallery, 20)
-        kept = {"gallery_megabytes": gallery.numel() * 4 / 1e6}
-        yield point("growth of search", "exact, in blocks", n, run) | kept
+        run, held = partial(exact_search, query, gallery, IMAGES), gallery.nbytes / 1e6
+        row = point("growth of search", "exact, in blocks", n, run)
+        yield row | {"held_megabytes": held}
         if find_spec("faiss"):
-            yield point("growth of search", "exact, faiss", n, flat_index(query, gallery))
+            row = point("growth of search", "exact, faiss", n, flat_index(query, gallery))
+            yield row | {"held_megabytes": 2 * held}  # it copies the gallery
     if not find_spec("faiss"):
         why = "not run: faiss is not installed (pip install -e '.[search]')"
         yield {"case": "recall of search", "variant": "faiss", "why": why}
@@ -409,26 +418,27 @@ def flat_index(query: Tensor, gallery: Tensor) -> Run:
 
     index = faiss.IndexFlatIP(WIDTH)
     index.add(gallery.numpy())
-    return lambda: index.search(query.numpy(), 20)
+    return lambda: index.search(query.numpy(), IMAGES)
 
 
 def recall_of_search(query: Tensor, gallery: Tensor) -> Iterator[dict[str, Any]]:
-    """Recall of the true 20 nearest against time: cells of a gallery, some visited."""
+    """Recall of the true nearest against time: of a gallery's cells, some are visited."""
     import faiss
 
     case, n_cells = "recall of search", 1024
-    true = exact_search(query, gallery, 20).numpy()
-    yield point(case, "exact, in blocks", 1.0, lambda: exact_search(query, gallery, 20))
+    exact = partial(exact_search, query, gallery, IMAGES)
+    true = exact().numpy()
+    yield point(case, "exact, in blocks", 1.0, exact)
     index = faiss.IndexIVFFlat(
         faiss.IndexFlatIP(WIDTH), WIDTH, n_cells, faiss.METRIC_INNER_PRODUCT
     )
     yield point(case, "faiss, building", 0.0, lambda: build(index, gallery), repeats=1)
     for visited in (1, 4, 16, 64, 256):
         index.nprobe = visited
-        found = index.search(query.numpy(), 20)[1]
-        recall = np.mean([len(set(a) & set(b)) / 20 for a, b in zip(true, found)])
-        run = lambda: index.search(query.numpy(), 20)
-        yield point(case, f"faiss, {visited} of {n_cells} cells", float(recall), run)
+        run = partial(index.search, query.numpy(), IMAGES)
+        shared = [len({*a} & {*b}) / IMAGES for a, b in zip(true, run()[1])]
+        recall = float(np.mean(shared))
+        yield point(case, f"faiss, {visited} of {n_cells} cells", recall, run)
 
 
 def build(index: Any, gallery: Tensor) -> None:
@@ -497,6 +507,11 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
         yield row | {"each": each, "part": part, "load": load}
 
 
+def faiss_version() -> str:
+    """Its version, or that it is not there."""
+    return metadata.version("faiss-cpu") if find_spec("faiss") else "not installed"
+
+
 def describe() -> dict[str, Any]:
     """The machine, the code and the command."""
     return {
@@ -513,7 +528,7 @@ def describe() -> dict[str, Any]:
             "load": list(os.getloadavg()),
         },
         "code": code_revision(),
-        "packages": package_versions(),
+        "packages": package_versions() | {"faiss": faiss_version()},
     }
 
 
@@ -533,6 +548,7 @@ def main(names: list[str]) -> None:
             print(row.get("why") or "{case}, {variant}: {seconds:.3g} s".format(**row), flush=True)
             record["rows"].append(row)
         record["seconds"] = round(time.perf_counter() - begun, 1)
+        record["processor_seconds"] = round(time.process_time(), 1)
         with atomic_path(target) as path:
             path.write_text(json.dumps(record, indent=1) + "\n")
     print(target)
