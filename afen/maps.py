@@ -64,7 +64,8 @@ def looks(network: Method) -> dict[str, tuple[nn.Module, Look]]:
         for branch in module.branches:
             title = f"FEM {branch} branch, {_place(name)}"
             found[title] = module, partial(look_at_branch, branch)
-    stages = [m for n, m in network.named_modules() if n.split(".")[-1] == "layer4"]
+    ends = ("layer4", "layers")  # of two stems and a trunk; of one ResNet (X-modality)
+    stages = [m for n, m in network.named_modules() if n.split(".")[-1] in ends]
     return found | {LAST: (stage, look_at_output) for stage in stages[:1]}
 
 

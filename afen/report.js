@@ -181,7 +181,7 @@ function gates(title, query, other) {
       "stroke-dasharray": dash, "stroke-width": 2 }));
     key.append(sample, ` ${name}  `);
   });
-  at("gates").append(make("h4", {}, title), svg, key);
+  at("gates").append(make("h4", {}, title), make("div", { className: "wide" }, svg), key);
 }
 
 function shape(tag, attributes, text = "") {

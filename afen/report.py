@@ -16,7 +16,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 import afen
-from .core import atomic_path, project_root, short_path
+from .core import atomic_path, project_root
 from .datasets import MODALITIES
 from .evaluation import RANKS
 from .findings import MOST, Lists, attributes, confusions, hardest
@@ -40,6 +40,7 @@ from .records import STATUSES, read_record
 from .runs import Data
 from .tables import METRIC_TITLES, SETTING_TITLES, markdown, plus_minus
 from .trained import TrainedRun, open_run, run_data
+from .training import collapse
 
 # %% ../nbs/33_report.ipynb #fac396d1
 class Raw(str):
@@ -67,9 +68,11 @@ def html_table(
         f'<th scope="col" class="{kind}">{escaped(head)}</th>'
         for head, kind in zip(heads, kinds or ["words"] * len(heads))
     )
-    body = "".join(f"<tr>{''.join(map(_cell, row, kinds, range(len(row))))}</tr>\n" for row in rows)
+    lines = ("".join(map(_cell, row, kinds, range(len(row)))) for row in rows)
+    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
     return Raw(
-        f'<div class="wide"><table><caption>{escaped(caption)}</caption>\n'
+        f'<div class="wide" tabindex="0" role="region" aria-label="{escaped(caption)}">'
+        f'<table><caption>{escaped(caption)}</caption>\n'
         f"<thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
     )
 
@@ -98,9 +101,8 @@ def line_chart(
     """The lines over the epochs, as SVG."""
     values = lines.to_numpy(float)
     low, high = min(0.0, np.nanmin(values)), np.nanmax(values)
-    wide = max(1.0, float(np.ptp(lines.index)))
-    x = lambda epoch: LEFT + (WIDE - LEFT - 10) * (epoch - lines.index[0]) / wide  # noqa: E731
-    y = lambda v: HIGH - BOTTOM - (HIGH - BOTTOM - 26) * (v - low) / ((high - low) or 1)  # noqa: E731
+    x = partial(_at, (lines.index[0], lines.index[-1]), (LEFT, WIDE - 10))
+    y = partial(_at, (low, high), (HIGH - BOTTOM, 26))
     ticks = [_level(y(v), f"{v:.3g}") for v in np.linspace(low, high, 4)]
     ends = {int(e): x(e) for e in (lines.index[0], lines.index[-1])}
     ticks += [f'<text x="{at:.0f}" y="{HIGH - 16}" text-anchor="middle">{e}</text>'
@@ -114,6 +116,11 @@ def line_chart(
         f'aria-label="{html.escape(label)}">{"".join(ticks + drawn)}'
         f'<text x="{WIDE / 2:.0f}" y="{HIGH - 2}" text-anchor="middle">epoch</text></svg>'
     )
+
+
+def _at(ends: tuple[float, float], places: tuple[float, float], value: float) -> float:
+    """Where a value between two ends stands between two places."""
+    return places[0] + (places[1] - places[0]) * (value - ends[0]) / ((ends[1] - ends[0]) or 1)
 
 
 def _level(y: float, text: str) -> str:
@@ -336,7 +343,7 @@ def head_section(record: Mapping[str, Any]) -> str:
         (SETTING_TITLES.get(setting, setting),
          *(Raw(plus_minus(100 * entry["mean"][m], _percent(entry["std"].get(m)), 1))
            for m in metrics),
-         f"{entry['n']} {entry['over']}", entry["n_queries"], entry["n_gallery"])
+         _count(entry["n"], entry["over"]), entry["n_queries"], entry["n_gallery"])
         for setting, entry in record["scores"].items()
     ]  # fmt: skip
     heads = ["setting", *metrics.values(), "mean over", "queries", "gallery"]
@@ -346,6 +353,12 @@ def head_section(record: Mapping[str, Any]) -> str:
         f"<strong>{escaped(status)}</strong>{escaped(why)}: {escaped(STATUSES[status])}."
         f"{smoke}</p>\n{scores}"
     )
+
+
+def _count(n: int, over: str) -> str:
+    """How many: "1 split", "10 galleries"."""
+    one = {"splits": "split", "galleries": "gallery"}
+    return f"{n} {one.get(over, over) if n == 1 else over}"
 
 
 def _percent(std: float | None) -> float:
@@ -424,7 +437,7 @@ def across_section(evidence: Evidence) -> str:
     gap = modality_gap(torch.tensor(evidence.features[some]), test.identity.to_numpy(),
                        (test.modality == "infrared").to_numpy(copy=True))
     pairs = [
-        (who, *(f"{gap[f'{side}_{key}']:.2f}" for side in ("same", "cross")))
+        (who, *(_two(gap[f"{side}_{key}"]) for side in ("same", "cross")))
         for who, key in (("same person", "within"), ("two people", "across"))
     ]
     return ACROSS_HTML.format(
@@ -432,6 +445,11 @@ def across_section(evidence: Evidence) -> str:
         pairs=html_table("Mean distance of two images; 1 is the mean of all pairs",
                          ["", "same modality", "other modality"], pairs),
     )  # fmt: skip
+
+
+def _two(value: float) -> str:
+    """Two decimals; nothing where there is no such pair."""
+    return f"{value:.2f}" if np.isfinite(value) else ""
 
 
 ACROSS_HTML = """<section id="across"><h2>What is lost across the modalities?</h2>
@@ -514,6 +532,9 @@ def _groups(evidence: Evidence) -> str:
 def plane_section(evidence: Evidence) -> str:
     """t-SNE of the test images by identity and modality, as SVG."""
     test = evidence.test
+    if collapse(evidence.features) or len(test) < 4:
+        why = "fewer than four" if len(test) < 4 else "all in one place"
+        return f'<section id="map"><h2>All images on a plane</h2><p>They are {why}.</p></section>'
     rows, xy = plane(evidence.features, test.identity.to_numpy())
     xy = (xy - xy.min(0)) / np.ptp(xy, axis=0).clip(1e-9)
     people = {who: i for i, who in enumerate(dict.fromkeys(test.identity.iloc[rows]))}
@@ -686,7 +707,7 @@ def _card_tables(
 ) -> dict[str, str]:
     """The scores and those by camera, as Markdown."""
     rows = [
-        {"setting": setting, "mean over": f"{e['n']} {e['over']}", "queries": e["n_queries"]}
+        {"setting": setting, "mean over": _count(e["n"], e["over"]), "queries": e["n_queries"]}
         | {title: f"{100 * e['mean'][name]:.1f}" for name, title in METRIC_TITLES.items()}
         for setting, e in record["scores"].items()
     ]

@@ -23,7 +23,8 @@ NOTEBOOKS = sorted(
 ROOMS = [
     "core", "people", "datasets", "batches", "augment", "joints", "backbone", "blocks",
     "mecs", "fem", "losses", "method", "methods", "evaluation", "training", "records",
-    "tables", "figures", "runs", "grid", "trained", "probes", "claims",
+    "tables", "figures", "runs", "grid", "trained", "probes", "claims", "findings", "maps",
+    "report",
 ]  # fmt: skip
 
 
