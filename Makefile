@@ -56,7 +56,8 @@ bench: install  ## speeds of this machine's processor: make bench NAMES='"96 vie
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench.py $(NAMES)
 
 lab: install  ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab --ServerApp.root_dir='$(CURDIR)' \
+	  --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
 
 reproduce: install  ## make every missing run, then all tables and figures
 	@# pages are made anew, as their figures may have been deleted; a dry run deletes nothing
