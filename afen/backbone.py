@@ -194,7 +194,7 @@ def first_difference(
         shape = getattr(weights[name], "shape", None)
         if shape is None:
             return f"{name} is no tensor"
-        if shape != value.shape:
+        if value.numel() and shape != value.shape:  # an empty one takes any (DART's)
             return f"{name} has shape {tuple(shape)} instead of {tuple(value.shape)}"
     extra = [name for name in weights if name not in network]
     return f"{extra[0]} is no part of the network" if extra else ""

@@ -35,6 +35,7 @@ class Recipe:
     optimiser: str = "sgd"  # "sgd" (P), "adam" or "adamw" (peers)
     lr: float = 0.1  # of the head; see backbone_lr (P)
     backbone_lr: float = 0.1  # times lr, for all but neck and classifier (C)
+    module_lr: float | None = None  # times lr, for inserted modules; as backbone_lr if None
     momentum: float = 0.9  # (P)
     nesterov: bool = True  # (C)
     weight_decay: float = 5e-4  # (P)
@@ -96,6 +97,7 @@ class Method(nn.Module):
     dataset_recipes: ClassVar[dict[str, tuple[Recipe, dict[str, Any]]]] = {}  # see `configuration`
     needs_joints: ClassVar[bool] = False  # whether training reads a batch's joints
     draws: ClassVar[int] = 1  # the sampler's batches in one step
+    inserted: ClassVar[tuple[type[nn.Module], ...]] = ()  # kinds that learn at `module_lr`
     weighted_triplet: ClassVar[bool] = False  # whether `losses` weighs triplets as AGW does
 
     def __init__(
@@ -148,6 +150,14 @@ def begin_epoch(self: Method, epoch: int, sweep: Iterable[Any]) -> None:
 def head_parameters(self: Method) -> Iterator[nn.Parameter]:
     """The parameters that learn at the full rate; all others at `backbone_lr`."""
     return iter(())
+
+
+@patch
+def module_parameters(self: Method) -> Iterator[nn.Parameter]:
+    """Those of the modules inserted into the backbone, none of them pretrained."""
+    for module in self.modules():
+        if isinstance(module, self.inserted):
+            yield from module.parameters()
 
 # %% ../nbs/14_method.ipynb #0a3c96f2
 ALIASES = {"x-modality": "xmodal", "xiv": "xmodal"}  # as papers call a row

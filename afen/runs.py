@@ -9,7 +9,8 @@ __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'OTH
            'finished_record', 'changed_data', 'go_to_end', 'record_line', 'score', 'score_table', 'one_line', 'watched',
            'begin_record', 'end_record', 'save_weights', 'sealed_weights', 'are_intact', 'draw', 'draw_course',
            'draw_matches', 'ranked_images', 'check_machine', 'check_folder', 'last_record', 'fewer_epochs',
-           'sibling_words', 'carry_out', 'page_records', 'page_scores', 'page_curves', 'injected_parameters']
+           'sibling_words', 'carry_out', 'page_records', 'page_scores', 'page_curves', 'typed', 'main',
+           'injected_parameters']
 
 # %% ../nbs/25_runs.ipynb #59e2a2e5
 from collections.abc import Iterable, Mapping
@@ -24,7 +25,7 @@ WHICH = {
     "dataset": Parameter(str, options=NAMES),
     "root": Parameter(str, optional=True),
     "method": Parameter(str),  # `method_class` knows them
-    "preset": Parameter(str, options=("auto", "paper", "pocket")),
+    "preset": Parameter(str, options=("auto", "paper", "text", "pocket")),
     "trial": Parameter(int, low=1, high=10),
     "gallery": Parameter(str, options=("random", "official")),
     "noise": Parameter(float, low=0.0, high=1.0),
@@ -39,6 +40,7 @@ CHANGES = {
     "weight_decay": Parameter(float, low=0.0, optional=True),
     "lr": Parameter(float, low=0.0, optional=True),
     "backbone_lr": Parameter(float, low=0.0, optional=True),
+    "module_lr": Parameter(float, low=0.0, optional=True),
     "warmup": Parameter(int, low=0, optional=True),
     "clip": Parameter(float, low=0.0, optional=True),
     "nesterov": Parameter(bool, optional=True),
@@ -113,6 +115,8 @@ class Plan:
         """All that the scores depend on, apart from the data and the code."""
         which = {k: self.given[k] for k in WHICH if k != "root"}
         recipe = asdict(self.recipe) | {"drops": list(self.recipe.drops)}
+        if recipe["module_lr"] is None:  # not there, so that names of runs stay
+            del recipe["module_lr"]
         if self.weights_hash:  # what a file holds decides, not where it lies
             recipe["weights"] = f"file:{self.weights_hash}"
         how = {"steps": self.given["steps"], "precision": recipe.pop("precision")}
@@ -134,6 +138,11 @@ def make_plan(given: Mapping[str, Any]) -> Plan:
     nearest(p["preset"], kind.recipes, f"preset of {kind.name}")
     whole, switches = kind.configuration(p["preset"], p["dataset"])
     recipe = change_recipe(whole, changes)
+    if recipe.module_lr is not None and not kind.inserted:
+        raise ValueError(
+            f"Method {kind.name} inserts no modules into its backbone: leave out "
+            "-p module_lr."
+        )
     options = chosen_options(p, kind, switches)
     pick_device(p["device"])  # one that is not there is refused here
     file = start_file(recipe.weights)
@@ -496,6 +505,7 @@ def begin_record(plan: Plan, data: Data) -> dict[str, Any]:
 # %% ../nbs/25_runs.ipynb #08ef8c1f
 import math
 
+from .ranks import processes
 from .records import machine, rounded_rows, run_status, score_entry
 
 
@@ -521,7 +531,7 @@ def end_record(
         "reason": "; ".join([*_why(plan, status), *data.departures, *run.warnings]),
         "scores": entries,
         "history": rounded_rows(run.rows),
-        "machine": machine(run.device, seconds, run.words),
+        "machine": machine(run.device, seconds, run.words) | {"processes": processes()},
     }
     return write_record(record, plan.folder)
 
@@ -698,6 +708,7 @@ def _caption(name: str, plan: Plan, setting: str) -> str:
 import tempfile
 
 from .core import short_path
+from .ranks import check_processes, processes
 from .records import read_record
 from .training import check_chunk, check_compiler, check_precision
 
@@ -711,6 +722,7 @@ def check_machine(plan: Plan) -> None:
     p, device = plan.given, pick_device(plan.given["device"])
     check_precision(device, plan.recipe.precision)
     check_chunk(method_class(p["method"]), p["chunk"])
+    check_processes(processes(), plan.recipe.identities, p["chunk"], p["compile"])
     if p["compile"]:
         check_compiler(device)
     check_folder(plan)
@@ -783,13 +795,24 @@ def sibling_words(plan: Plan) -> list[str]:
     return sentences
 
 # %% ../nbs/25_runs.ipynb #9c187e29
-def carry_out(plan: Plan) -> None:
-    """Train, score and draw, as `train.ipynb` does cell by cell."""
+from .ranks import first_then_others, is_first, wait
+
+
+def carry_out(plan: Plan, progress: bool = False) -> None:
+    """Train, score and draw, as `train.ipynb` does cell by cell.
+
+    Of several processes all train, and the first does the rest.
+    """
     check_machine(plan)
-    data = open_data(plan)
+    with first_then_others():  # one packs images that are not packed yet
+        data = open_data(plan)
     run = start(plan, data)
+    wait()  # until all have read what is in the folder
+    if not is_first():
+        run.fit(progress=False)
+        return
     record = begin_record(plan, data)
-    metrics = run.fit(progress=False)
+    metrics = run.fit(progress)
     features, scores = score(plan, data, run)
     end_record(record, plan, data, run, scores)
     draw(plan, data, metrics, features, scores)
@@ -838,6 +861,42 @@ def page_curves(method: str) -> Figure:
         f"papermill nbs/train.ipynb runs/{method}.ipynb -p method {method}, and copy "
         "its record there."
     )
+
+# %% ../nbs/25_runs.ipynb #d157a002
+import argparse
+import ast
+import sys
+from collections.abc import Sequence
+
+from .ranks import together
+
+
+def typed(word: str) -> Any:
+    """A parameter's value as Python reads it; what is no literal is text."""
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return word
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Train, score and draw one run, with the parameters of nbs/train.ipynb."""
+    parser = argparse.ArgumentParser(prog="python -m afen.runs", description=main.__doc__)
+    pair = {"nargs": 2, "action": "append", "metavar": ("NAME", "VALUE"), "default": []}
+    parser.add_argument("-p", dest="given", help="a parameter", **pair)
+    given = {name: typed(value) for name, value in parser.parse_args(words).given}
+    try:
+        plan = make_plan(DEFAULTS | given)
+        with together(pick_device(plan.given["device"])):
+            carry_out(plan, progress=True)
+            if is_first():
+                print(record_line(read_record(plan.folder / "record.json")))
+    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+# %% ../nbs/25_runs.ipynb #d157a004
+if __name__ == "__main__" and "__file__" in globals():  # not in the notebook
+    main()
 
 # %% ../nbs/25_runs.ipynb #6668a0ff
 def injected_parameters(

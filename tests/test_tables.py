@@ -108,7 +108,7 @@ def test_the_published_table_is_whole():
     assert paper["value"].isna().sum() == 4 and paper["source"].str.len().min() > 0
     assert (paper["decimals"][paper["value"].notna()] == 2).all()
     kinds = {"publication", "readme", "issue", "secondary table", "from memory"}
-    for name in ("originals", "remeasured", "stronger"):
+    for name in ("originals", "remeasured", "corrupted", "stronger"):
         values = published(name)
         assert set(values["read"]) <= kinds and values["source"].str.len().min() > 8, name
 

@@ -20,6 +20,7 @@ from ..backbone import DualResNet, Head, make_neck
 from ..core import Parameter
 from ..losses import batch_hard_triplet, identity_loss
 from ..method import POCKET_RECIPE, Method, Recipe, check_modality
+from ..ranks import in_shares
 from .agw import AGW
 
 # %% ../../nbs/methods/ddag.ipynb #1e4c6703
@@ -152,12 +153,18 @@ def head_parameters(self: DDAG) -> Iterator[nn.Parameter]:
 
 # %% ../../nbs/methods/ddag.ipynb #4feb07d1
 @patch
+def read(self: DDAG, visible: Tensor, infrared: Tensor) -> tuple[Tensor, ...]:
+    """Views -> pooled features [N, C], logits of the neck and of IWPA [N, n] each."""
+    maps = self.net(visible, infrared)  # [N, C, h, w]
+    pooled, necked, logits = self.head(maps)
+    return pooled, logits, self.head.classifier(self.iwpa(maps, necked))
+
+
+@patch
 def losses(self: DDAG, batch: Any, epoch: int) -> dict[str, Tensor]:
     """The four terms of Eq. (5), the last one weighted."""
-    visible, infrared, labels = self.views(batch)
-    maps = self.net(visible, infrared)  # [N, C, h, w]
-    pooled, necked, logits = self.head(maps)  # [N, C], [N, C], [N, n]
-    part = self.head.classifier(self.iwpa(maps, necked))  # [N, n]
+    *views, labels = self.views(batch)
+    pooled, logits, part = in_shares(self.read, *views)  # [N, C], [N, n], [N, n]
     terms = {
         "identity": identity_loss(logits, labels),
         "triplet": batch_hard_triplet(pooled, labels),

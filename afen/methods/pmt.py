@@ -43,10 +43,12 @@ from afen.losses import (
     identity_centres,
     identity_loss,
     intra_modality_triplet,
+    mean_over_identities,
     on_host,
     pairwise_distances,
 )
 from ..method import POCKET_RECIPE, Method, Recipe, check_modality
+from ..ranks import in_shares
 
 # %% ../../nbs/methods/pmt.ipynb #27cd6e02
 class OverlappingPatches(PatchEmbed):
@@ -346,14 +348,15 @@ def dcl(
     Equal to the released numbers. Raises ValueError when an anchor has no triplet.
     """
     check_batch(features, labels)
-    identities, centres = identity_centres(features, labels)
-    distances = pairwise_distances(centres, features)  # [P, N]
-    of_centre = identities[:, None] == labels
-    mean = _masked_mean(distances, ~of_centre)  # [P]
+    centres = identity_centres(features, labels, of=labels)  # [N, D], one per image
+    distances = pairwise_distances(centres, features)  # [N, N]
+    of_centre = labels[:, None] == labels
+    mean = _masked_mean(distances, ~of_centre)  # [N]
     # Rounding may put the mean of equal numbers below them: keep the nearest always.
     nearest = distances.masked_fill(of_centre, torch.inf).amin(dim=1)
     hard = ~of_centre & (distances <= torch.maximum(mean, nearest)[:, None])
-    return distances[of_centre].mean() / _masked_mean(distances, hard).mean()
+    far = mean_over_identities(_masked_mean(distances, hard), labels)
+    return distances.diagonal().mean() / far
 
 # %% ../../nbs/methods/pmt.ipynb #ab1cd112
 @patch
@@ -380,7 +383,8 @@ MSEL_WEIGHT = DCL_WEIGHT = 0.5
 def losses(self: PMT, batch: Any, epoch: int) -> dict[str, Tensor]:
     """The terms of Eq. (5) in the grey phase, those of Eq. (6) after it."""
     labels = torch.cat([batch.visible_labels, batch.infrared_labels])
-    features, _, logits = self.head(self.vit(torch.cat(self.views(batch, epoch))))
+    read = lambda *views: self.head(self.vit(torch.cat(views)))
+    features, _, logits = in_shares(read, *self.views(batch, epoch))
     parts = zip(MODALITIES, logits.chunk(2), labels.chunk(2))
     terms = {f"identity_{m}": identity_loss(z, y) for m, z, y in parts}
     if self.in_gray(epoch):
