@@ -17,16 +17,19 @@ __all__ = ['MODALITIES', 'IMAGE_COLUMNS', 'Parts', 'SOURCES', 'NAMES', 'IMAGE_SU
 # %% ../nbs/02_datasets.ipynb #aa2f5fe2
 import hashlib
 import html
+import io
 import math
 import os
 import random
 import re
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from io import StringIO
 from pathlib import Path
 
@@ -437,20 +440,33 @@ SYSU_SETTINGS = {  # setting -> gallery cameras, images per person and camera
 }
 
 # %% ../nbs/02_datasets.ipynb #f49751d7
+_OPEN_MAT = "import io, sys, scipy.io; scipy.io.loadmat(io.BytesIO(sys.stdin.buffer.read()))"
+
+
+@lru_cache(maxsize=16)
+def _opens(content: bytes) -> bool:
+    """Whether another process can read a MATLAB file: a damaged one may end the process."""
+    words = [sys.executable, "-c", _OPEN_MAT]
+    return subprocess.run(words, input=content, capture_output=True).returncode == 0
+
+
 def read_mat(file: Path) -> np.ndarray:
     """The one variable of a MATLAB file; ValueError when it cannot be read."""
-    try:
-        content = loadmat(file)
-        return next(v for key, v in content.items() if not key.startswith("__"))
-    except Exception as error:  # scipy raises many kinds on a damaged file
-        raise ValueError(f"{file} cannot be read as MATLAB's: copy it anew.") from error
+    content, variables = file.read_bytes(), {}
+    with suppress(Exception):  # scipy raises many kinds, as when memory is too small
+        variables = loadmat(io.BytesIO(content)) if _opens(content) else {}
+    values = [value for key, value in variables.items() if not key.startswith("__")]
+    if not values:
+        raise ValueError(f"{file} cannot be read as MATLAB's: copy it anew.")
+    return values[0]
 
 # %% ../nbs/02_datasets.ipynb #cb214a20
 def _are_whole(numbers: np.ndarray, low: int) -> bool:
     """Whether all are whole numbers of at most nine digits, `low` or more."""
     if numbers.dtype.kind not in "iuf":
         return False
-    return bool(((numbers >= low) & (numbers < 1e9) & (np.mod(numbers, 1) == 0)).all())
+    with np.errstate(invalid="ignore"):  # NaN and infinity are not whole either
+        return bool(((numbers >= low) & (numbers < 1e9) & (np.mod(numbers, 1) == 0)).all())
 
 # %% ../nbs/02_datasets.ipynb #4055f66a
 def _mat_ids(file: Path) -> list[int]:
@@ -812,13 +828,24 @@ def read_joints(root: Path) -> pd.DataFrame | None:
         joints = pd.read_csv(file)
     except ValueError as error:  # empty, ragged or not text
         raise ValueError(f"{file} cannot be read as a table: copy it anew.") from error
-    absent = [c for c in ["path", *JOINT_COLUMNS] if c not in joints]
-    if absent or joints.path.duplicated().any():
-        fault = f"no column {absent[0]}" if absent else "a path twice"
+    if fault := _fault_of_joints(joints):
         raise ValueError(
             f"{file} has {fault}: it needs one row per path, x0, y0, ..., v16."
         )
-    return joints.set_index("path")[JOINT_COLUMNS]
+    return joints.set_index("path")[JOINT_COLUMNS].astype(float)
+
+
+def _fault_of_joints(joints: pd.DataFrame) -> str:
+    """The first thing that is wrong with a table of joints; "" if nothing is."""
+    if absent := [c for c in ["path", *JOINT_COLUMNS] if c not in joints]:
+        return f"no column {absent[0]}"
+    if joints.path.duplicated().any():
+        return "a path twice"
+    numbers = joints[JOINT_COLUMNS].apply(pd.to_numeric, errors="coerce")
+    wrong = ~np.isfinite(numbers.to_numpy(float))
+    row, column = next(zip(*np.nonzero(wrong)), (0, 0))
+    cell = joints[JOINT_COLUMNS].iat[row, column] if wrong.any() else ""
+    return f"{cell!r} for {JOINT_COLUMNS[column]} of {joints.path[row]}" if wrong.any() else ""
 
 # %% ../nbs/02_datasets.ipynb #bcec1d2b
 def _hides(protocol: str, query_camera: int, gallery_camera: int) -> bool:

@@ -183,16 +183,11 @@ def _sort_keys(
     distances: np.ndarray,  # [Q, G], finite
     kept: np.ndarray,  # [Q, G] bool
 ) -> np.ndarray:
-    """Unsigned integers that sort as the distances do; the largest where not `kept`."""
-    kind = {"float32": np.uint32, "float64": np.uint64}.get(distances.dtype.name)
-    if kind:
-        bits = (distances + 0).view(kind)  # + 0: minus zero is zero
-        sign = kind(1 << (8 * bits.itemsize - 1))
-        keys = np.where(bits & sign, ~bits, bits | sign)
-    else:  # whole numbers, and other floats
-        keys = np.unique(distances, return_inverse=True)[1].reshape(distances.shape)
-        keys = keys.astype(np.uint64)
-    return np.where(kept, keys, np.iinfo(keys.dtype).max)
+    """Floats that sort as the distances do; infinite where not `kept`."""
+    if distances.dtype not in (np.float32, np.float64):  # whole numbers, other floats
+        places = np.unique(distances, return_inverse=True)[1]
+        distances = places.reshape(distances.shape).astype(np.float64)
+    return np.where(kept, distances, distances.dtype.type(np.inf))
 
 # %% ../nbs/20_evaluation.ipynb #2e38ce75
 def _count_nearer(
@@ -202,14 +197,28 @@ def _count_nearer(
 ) -> np.ndarray:
     """How many images stand before each match; of equal ones the earlier: [M]."""
     ordered, targets = np.sort(keys, axis=1), keys[rows, columns]
-    ends = np.searchsorted(rows, np.arange(len(keys) + 1))
-    below, up_to = np.empty((2, len(rows)), np.int64)
-    for line, start, end in zip(ordered, ends[:-1], ends[1:]):
-        below[start:end] = line.searchsorted(targets[start:end])
-        up_to[start:end] = line.searchsorted(targets[start:end], "right")
-    for m in np.flatnonzero(up_to > below + 1):  # ties
+    below = _count_below(ordered, rows, targets)
+    after = np.minimum(below + 1, keys.shape[1] - 1)  # where an equal one would stand
+    for m in np.flatnonzero((ordered[rows, after] == targets) & (after > below)):
         below[m] += np.count_nonzero(keys[rows[m], : columns[m]] == targets[m])
     return below
+
+
+def _count_below(
+    ordered: np.ndarray,  # [Q, G], each row from small to large
+    rows: np.ndarray,  # [M]
+    targets: np.ndarray,  # [M]
+) -> np.ndarray:
+    """How many values of its row are less than each target, by bisection: [M]."""
+    width, count = ordered.shape[1], np.zeros(len(rows), np.int64)
+    step = 1 << (width.bit_length() - 1)  # the greatest power of two up to the width
+    while step:
+        end = count + step
+        last = np.minimum(end, width) - 1
+        less = ordered.ravel()[rows * width + last] < targets
+        count = np.where((end <= width) & less, end, count)
+        step //= 2
+    return count
 
 # %% ../nbs/20_evaluation.ipynb #694ec2bb
 def _measure_ranks(
@@ -227,17 +236,19 @@ def _measure_ranks(
 def _identity_ranks(
     keys: np.ndarray,  # [Q, G] from `_sort_keys`
     first: np.ndarray,  # [Q] column of the first match
-    gallery_ids: np.ndarray,
+    gallery_ids: np.ndarray,  # int64 [G], small numbers
 ) -> np.ndarray:
     """The rank of the first match over identities: [Q]."""
-    by_identity = np.argsort(gallery_ids, kind="stable")
-    names, starts = np.unique(gallery_ids[by_identity], return_index=True)
     target = np.take_along_axis(keys, first[:, None], axis=1)  # [Q, 1]
-    closest = np.minimum.reduceat(keys[:, by_identity], starts, axis=1)  # [Q, I]
+    columns = torch.from_numpy(gallery_ids).expand(len(keys), -1)
+    far = torch.full((len(keys), int(gallery_ids.max()) + 1), torch.inf)
+    keyed = torch.from_numpy(keys)
+    closest = far.to(keyed).scatter_reduce(1, columns, keyed, "amin").numpy()  # [Q, I]
     ranks = 1 + np.count_nonzero(closest < target, axis=1)
     for row in np.flatnonzero(np.count_nonzero(closest == target, axis=1) > 1):  # ties
         earlier = gallery_ids[: first[row]][keys[row, : first[row]] == target[row]]
-        ranks[row] += np.isin(names[closest[row] == target[row]], earlier).sum()
+        tied = np.flatnonzero(closest[row] == target[row])
+        ranks[row] += np.isin(tied, earlier).sum()
     return ranks
 
 # %% ../nbs/20_evaluation.ipynb #b77c1e04

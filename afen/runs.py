@@ -7,10 +7,10 @@ __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'OTH
            'make_plan', 'chosen_options', 'change_recipe', 'start_file', 'Data', 'data_key', 'joints_key',
            'other_images', 'open_data', 'check_switches', 'data_line', 'start', 'say_where', 'say_cost',
            'finished_record', 'changed_data', 'go_to_end', 'record_line', 'score', 'score_table', 'one_line', 'watched',
-           'begin_record', 'end_record', 'save_weights', 'sealed_weights', 'are_intact', 'draw', 'draw_course',
-           'draw_matches', 'ranked_images', 'check_machine', 'check_folder', 'last_record', 'fewer_epochs',
-           'sibling_words', 'carry_out', 'page_records', 'page_scores', 'page_curves', 'typed', 'main',
-           'injected_parameters']
+           'summary_writer', 'tensorboard_log', 'begin_record', 'end_record', 'save_weights', 'sealed_weights',
+           'are_intact', 'draw', 'draw_course', 'draw_matches', 'ranked_images', 'check_machine', 'check_folder',
+           'last_record', 'fewer_epochs', 'sibling_words', 'carry_out', 'page_records', 'page_scores', 'page_curves',
+           'typed', 'main', 'injected_parameters']
 
 # %% ../nbs/25_runs.ipynb #59e2a2e5
 from collections.abc import Iterable, Mapping
@@ -35,8 +35,8 @@ CHANGES = {
     "epochs": Parameter(int, low=1, optional=True),
     "identities": Parameter(int, low=2, optional=True),
     "images": Parameter(int, low=2, optional=True),
-    "height": Parameter(int, low=32, optional=True),
-    "width": Parameter(int, low=16, optional=True),
+    "height": Parameter(int, low=32, high=4096, optional=True),
+    "width": Parameter(int, low=16, high=4096, optional=True),
     "weight_decay": Parameter(float, low=0.0, optional=True),
     "lr": Parameter(float, low=0.0, optional=True),
     "backbone_lr": Parameter(float, low=0.0, optional=True),
@@ -56,6 +56,7 @@ HOW = {
     "compile": Parameter(bool),
     "watch": Parameter(int, low=1, optional=True),
     "rerank": Parameter(bool),
+    "log": Parameter(str, options=("tensorboard",), optional=True),
     "out": Parameter(str, optional=True),
     "resume": Parameter(bool),
 }
@@ -345,6 +346,8 @@ def start(plan: Plan, data: Data) -> Run:
     )  # fmt: skip
     if p["watch"]:
         run.watch = p["watch"], lambda: watched(plan, data, run)
+    if p["log"]:
+        run.log = tensorboard_log(plan.folder / "tensorboard", run.epoch)
     if finished:
         go_to_end(run, plan, finished)
     else:
@@ -396,8 +399,9 @@ def go_to_end(run: Run, plan: Plan, record: Mapping[str, Any]) -> None:
     content = path.read_bytes()
     state = load_tensors(content) if are_intact(content) else {}
     words = first_difference(run.method.state_dict(), state) or not_finite(state)
-    if words:
-        raise ValueError(f"Weights {path} are damaged or of other code ({words}): {again}.")
+    if not state or words:
+        why = f"of other code ({words})" if state else "damaged (a checksum differs)"
+        raise ValueError(f"Weights {path} are {why}: {again}.")
     run.method.load_state_dict(state)
     rows = pd.read_csv(plan.folder / "metrics.csv", dtype=str).to_dict("records")
     kinds = {"epoch": int}  # all else are floats, read to the last digit
@@ -469,6 +473,37 @@ def watched(plan: Plan, data: Data, run: Run) -> dict[str, float]:
     tqdm.write(f"epoch {run.epoch} ({label}): {one_line(scores)}")
     means = summarise(next(iter(scores.values())))
     return {f"watched_{name}": means[name]["mean"] for name in ("rank1", "mAP")}
+
+# %% ../nbs/25_runs.ipynb #7b1d06e3
+from collections.abc import Callable
+
+
+def summary_writer() -> type:
+    """TensorBoard's writer; ValueError if it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "TensorBoard is not installed: pip install -e '.[tensorboard]', or leave out "
+            "-p log tensorboard."
+        ) from None
+    return SummaryWriter
+
+
+def tensorboard_log(
+    folder: Path,  # for the event files
+    epoch: int,  # the first that will be logged; later ones of another training are hidden
+) -> Callable[[Mapping[str, float]], None]:
+    """What writes an epoch's row into event files, one curve for each of its numbers."""
+    writer = summary_writer()(folder, purge_step=epoch)
+
+    def write(row: Mapping[str, float]) -> None:
+        for name, value in row.items():
+            if name != "epoch":
+                writer.add_scalar(name, value, row["epoch"])
+        writer.flush()
+
+    return write
 
 # %% ../nbs/25_runs.ipynb #d260569f
 from .core import remove_drafts
@@ -716,8 +751,8 @@ from .training import check_chunk, check_compiler, check_precision
 def check_machine(plan: Plan) -> None:
     """Raise ValueError if the device cannot, or not fast, do what the plan asks of it.
 
-    That is its precision, `chunk`, which is not for every method, and `compile`. And what
-    `check_folder` raises.
+    That is its precision, `chunk`, which is not for every method, `compile` and `log`. And
+    what `check_folder` raises.
     """
     p, device = plan.given, pick_device(plan.given["device"])
     check_precision(device, plan.recipe.precision)
@@ -725,19 +760,25 @@ def check_machine(plan: Plan) -> None:
     check_processes(processes(), plan.recipe.identities, p["chunk"], p["compile"])
     if p["compile"]:
         check_compiler(device)
+    if p["log"]:
+        summary_writer()
     check_folder(plan)
 
 # %% ../nbs/25_runs.ipynb #9b0e21d9
+import os
+
+
 def check_folder(plan: Plan) -> None:
     """Raise OSError if the run's folder cannot be written, ValueError if it is another's."""
     above = (plan.folder, *plan.folder.absolute().parents)
-    place = next(folder for folder in above if folder.exists())
     try:
+        place = next(folder for folder in above if folder.exists())
         tempfile.TemporaryFile(dir=place).close()
-    except OSError as error:
+        os.path.realpath(plan.folder)  # refuses what no path can hold
+    except (OSError, ValueError) as error:
         raise OSError(
-            f"Folder {short_path(plan.folder)} cannot be written ({error.strerror}): use "
-            "another -p out."
+            f"Folder {short_path(plan.folder):.200} cannot be written "
+            f"({getattr(error, 'strerror', error)}): use another -p out."
         ) from None
     last = last_record(plan)
     if last and last["id"] != run_id(plan.parameters):

@@ -608,6 +608,7 @@ class Run:
         prepare_device(device)
         self.chunk, self.compiled = chunk, compiled
         self.watch: tuple[int, Callable[[], dict[str, float]]] | None = None
+        self.log: Callable[[dict[str, float]], None] | None = None  # given each epoch's row
         self.table, self.packed, self.seed, self.device = table, packed, seed, device
         self.method = method.to(device, memory_format=torch.channels_last)
         self.sampler = make_sampler(table, method.recipe, seed, method.draws)
@@ -773,6 +774,8 @@ def _one_epoch(self: Run, epoch: int, bar: Any) -> dict[str, float]:
     self.rows.append(row | self._watched(epoch))
     self.epoch = epoch + 1
     self._save()
+    if self.log:
+        self.log(self.rows[-1])
     return self.rows[-1]
 
 # %% ../nbs/21_training.ipynb #083ebc8c

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -1078,6 +1079,29 @@ def test_links_are_followed_but_not_in_circles(folder, tmp_path):
     listing = list_tree(folder)
     assert listing.has("visible/bo/cam3/1.JPG") and not listing.has("visible/cy/broken.png")
     assert len(listing.sizes) == 11
+
+
+def test_a_matlab_file_that_ends_a_process_is_refused(sysu, monkeypatch):
+    """scipy 1.17 may crash on one; another process tries it first."""
+    file = sysu / "exp" / "rand_perm_cam.mat"
+    killed = subprocess.CompletedProcess([], -11)
+    monkeypatch.setattr(datasets.subprocess, "run", lambda *_, **__: killed)
+    datasets._opens.cache_clear()
+    with pytest.raises(ValueError, match="rand_perm_cam.mat cannot be read as MATLAB's: copy"):
+        load("sysu", sysu, gallery="official")
+    datasets._opens.cache_clear()
+    monkeypatch.undo()
+    assert load("sysu", sysu, gallery="official") and file.is_file()
+
+
+@pytest.mark.parametrize("cell", ["left", "inf", "-inf", "", "1,5"])
+def test_joints_that_are_no_numbers_are_refused(regdb, cell):
+    paths = load("regdb", regdb).train.path
+    joints = pd.DataFrame(0.5, paths, JOINT_COLUMNS).astype({"x3": object})
+    joints.loc[paths[2], "x3"] = cell
+    joints.to_csv(regdb / "joints.csv")
+    with pytest.raises(ValueError, match=f"for x3 of {paths[2]}: it needs one row"):
+        load("regdb", regdb)
 
 
 def test_a_folder_that_may_not_be_opened(folder, monkeypatch):

@@ -25,6 +25,7 @@ ROOMS = [
     "backbone", "blocks",
     "mecs", "fem", "losses", "method", "ranks", "methods", "evaluation", "training",
     "records", "tables", "figures", "runs", "grid", "trained", "probes", "claims", "verdicts",
+    "findings", "maps", "retrieval", "export", "released", "report", "cli",
 ]  # fmt: skip
 
 
