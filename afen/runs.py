@@ -198,7 +198,7 @@ import warnings
 import torch
 
 from .batches import PackedImages, pack
-from .datasets import JOINT_COLUMNS, Split, load
+from .datasets import JOINT_COLUMNS, Split, load, summary  # `train` shows the last
 from .joints import with_joints
 
 
