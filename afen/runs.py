@@ -323,6 +323,7 @@ from safetensors.torch import load as load_tensors
 
 from .backbone import first_difference, not_finite
 from .core import seed_everything
+from .ranks import is_first
 from .training import Run, estimate, memory_words
 
 
@@ -346,7 +347,7 @@ def start(plan: Plan, data: Data) -> Run:
     )  # fmt: skip
     if p["watch"]:
         run.watch = p["watch"], lambda: watched(plan, data, run)
-    if p["log"]:
+    if p["log"] and is_first():
         run.log = tensorboard_log(plan.folder / "tensorboard", run.epoch)
     if finished:
         go_to_end(run, plan, finished)
@@ -935,10 +936,6 @@ def main(words: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, MemoryError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
-# %% ../nbs/25_runs.ipynb #d157a004
-if __name__ == "__main__" and "__file__" in globals():  # not in the notebook
-    main()
-
 # %% ../nbs/25_runs.ipynb #6668a0ff
 def injected_parameters(
     namespace: Mapping[str, Any],  # globals() after the parameters
@@ -954,3 +951,7 @@ def injected_parameters(
         new = (name for name in namespace if name not in before and name != "before")
         names += [name for name in new if not name.startswith("_")]
     return {name: namespace[name] for name in names if name in namespace}
+
+# %% ../nbs/25_runs.ipynb #d157a004
+if __name__ == "__main__" and "__file__" in globals():  # not in the notebook
+    main()
