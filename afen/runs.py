@@ -323,6 +323,7 @@ from safetensors.torch import load as load_tensors
 
 from .backbone import first_difference, not_finite
 from .core import seed_everything
+from .ranks import is_first
 from .training import Run, estimate, memory_words
 
 
@@ -346,7 +347,7 @@ def start(plan: Plan, data: Data) -> Run:
     )  # fmt: skip
     if p["watch"]:
         run.watch = p["watch"], lambda: watched(plan, data, run)
-    if p["log"]:
+    if p["log"] and is_first():
         run.log = tensorboard_log(plan.folder / "tensorboard", run.epoch)
     if finished:
         go_to_end(run, plan, finished)
