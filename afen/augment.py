@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'PART', 'MIRRORED', 'AREA', 'ASPECT', 'FILL', 'TRIES', 'LUMA', 'to_float', 'constant', 'beside',
            'in_parts', 'normalise', 'denormalise', 'Placement', 'draw_placement', 'place', 'place_joints', 'draw_boxes',
-           'paint', 'erase', 'mix_channels', 'draw_copies', 'copy_channel', 'draw_adaptions', 'adapt_gray', 'grayscale',
-           'weak_view', 'channel_view', 'infrared_view']
+           'paint', 'erase', 'mix_channels', 'draw_copies', 'draw_adaptions', 'grayscale', 'weak_view', 'channel_view',
+           'infrared_view']
 
 # %% ../nbs/04_augment.ipynb #a70a0310
 from collections.abc import Callable
@@ -240,14 +240,6 @@ def draw_copies(
     chosen = torch.randint(0, 3, (count,), generator=generator)
     return torch.eye(3)[chosen], torch.ones_like(chosen) > 0
 
-
-def copy_channel(
-    images: Tensor,  # float [B, 3, H, W]
-    generator: torch.Generator,  # on the CPU
-) -> Tensor:
-    """Copy red, green or blue, a third each, to all three channels (CAJ, visible)."""
-    return mix_channels(images, *draw_copies(len(images), generator))
-
 # %% ../nbs/04_augment.ipynb #4a72a3bb
 def draw_adaptions(
     count: int,  # B
@@ -259,14 +251,6 @@ def draw_adaptions(
     grey = torch.tensor(LUMA)
     table = torch.stack([red, red, green, green, blue, blue, grey, grey])  # [8, 3]
     return table[eighth], eighth < 7
-
-
-def adapt_gray(
-    images: Tensor,  # float [B, 3, H, W]
-    generator: torch.Generator,  # on the CPU
-) -> Tensor:
-    """Copy R, G or B (1/4 each), or grey (1/8), or keep (1/8) (CAJ, infrared)."""
-    return mix_channels(images, *draw_adaptions(len(images), generator))
 
 # %% ../nbs/04_augment.ipynb #7f61a0f7
 def grayscale(

@@ -406,7 +406,7 @@ def growth_of_search() -> Iterator[dict[str, Any]]:
             row = point("growth of search", "exact, faiss", n, flat_index(query, gallery))
             yield row | {"held_megabytes": 2 * held}  # it copies the gallery
     if not find_spec("faiss"):
-        why = "not run: faiss is not installed (pip install -e '.[search]')"
+        why = "not run: faiss is not installed (pip install -e '.[faiss]')"
         yield {"case": "recall of search", "variant": "faiss", "why": why}
         return
     yield from recall_of_search(*crowd(10**5, 256))
