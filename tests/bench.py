@@ -6,6 +6,8 @@ variant, goes to runs/bench/<moment>.json; copied to data/records/speed, it is r
 nbs/speed.ipynb.
 """
 
+import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -17,7 +19,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -330,10 +331,12 @@ def crowd(n_gallery: int, n_query: int) -> tuple[Tensor, Tensor]:
 # --- growth ------------------------------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def peak_memory() -> Iterator[list[float]]:
     """The most memory that the block held beyond what there was, in MB: one number."""
     gc.collect()  # what goes during the block would be subtracted
+    with contextlib.suppress(OSError, AttributeError):  # and what malloc kept would not count
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     process, done, most = psutil.Process(), threading.Event(), [0.0]
     before = process.memory_info().rss
 
@@ -406,7 +409,7 @@ def growth_of_search() -> Iterator[dict[str, Any]]:
             row = point("growth of search", "exact, faiss", n, flat_index(query, gallery))
             yield row | {"held_megabytes": 2 * held}  # it copies the gallery
     if not find_spec("faiss"):
-        why = "not run: faiss is not installed (pip install -e '.[search]')"
+        why = "not run: faiss is not installed (pip install -e '.[faiss]')"
         yield {"case": "recall of search", "variant": "faiss", "why": why}
         return
     yield from recall_of_search(*crowd(10**5, 256))

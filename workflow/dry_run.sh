@@ -2,9 +2,10 @@
 # Jobs keep their messages; times, numbers, reasons and the profile's name go.
 status=$(mktemp)
 { "$@" --quiet host reason progress 2>&1; echo $? > "$status"; } | awk '
+  {sub(/^Job [0-9]+: /, "")}
   /^Reasons:$/ {skip = 1}
   !skip && !/^\[.*\]$/ && !/^(Using profile|host:|Building DAG|everything is made)/ {
-    sub(/^Job [0-9]+: /, ""); print; fflush()
+    print; fflush()
   }
   /^This was a dry-run/ {skip = 0}
 '
