@@ -514,8 +514,9 @@ def go_to_end(run: Run, plan: Plan, record: Mapping[str, Any]) -> None:
     content = path.read_bytes()
     state = load_tensors(content) if are_intact(content) else {}
     words = first_difference(run.method.state_dict(), state) or not_finite(state)
-    if words:
-        raise ValueError(f"Weights {path} are damaged or of other code ({words}): {again}.")
+    if not state or words:
+        why = f"of other code ({words})" if state else "damaged (a checksum differs)"
+        raise ValueError(f"Weights {path} are {why}: {again}.")
     run.method.load_state_dict(state)
     rows = pd.read_csv(plan.folder / "metrics.csv", dtype=str).to_dict("records")
     kinds = {"epoch": int}  # all else are floats, read to the last digit

@@ -199,7 +199,7 @@ def properties(seconds, seed, examples=100):
     while time.monotonic() < until and not faults:
         command = [*words, f"--hypothesis-seed={seed + rounds}"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
-        total += sum(map(int, re.findall(r"(\d+) passing examples", done.stdout)))
+        total += sum(map(int, re.findall(r"(\d+) passing", done.stdout)))
         tests |= set(re.findall(r"^(tests/\S+::\S.*):$", done.stdout, re.M))
         faults += re.findall(r"^FAILED .*|^E  .*", done.stdout, re.M)[:5]
         if done.returncode and not faults:

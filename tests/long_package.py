@@ -66,6 +66,7 @@ def empty_environment(wheel, folder):
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=folder)
+    run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools", cwd=folder)  # old
     assert run(python, "-c", "import afen; print(afen.__version__)", cwd=folder)
     place = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder)
     lent = sysconfig.get_path("purelib")
