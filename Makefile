@@ -10,6 +10,7 @@ DATASETS ?=
 METHODS ?=
 SEEDS ?=
 ARGS ?=
+DRY = $(filter -n --dry-run --dryrun,$(ARGS))
 # what cells print is shown; the rest goes to a log, of which a failed run's last words are
 ONE = runs/$(DATASET)-$(METHOD)
 RUN = $(BIN)/papermill --no-progress-bar --stdout-file - nbs/train.ipynb
@@ -55,12 +56,13 @@ bench: install  ## speeds of this machine's processor: make bench NAMES='"96 vie
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench.py $(NAMES)
 
 lab: install  ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab --ServerApp.root_dir='$(CURDIR)' \
+	  --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
 
 reproduce: install  ## make every missing run, then all tables and figures
 	@# pages are made anew, as their figures may have been deleted; a dry run deletes nothing
-	@$(if $(filter -n --dry-run --dryrun,$(ARGS)),,rm -rf runs/reproduce)
-	@$(BIN)/snakemake $(ARGS) --snakefile workflow/Snakefile \
+	@$(if $(DRY),,rm -rf runs/reproduce)
+	@$(if $(DRY),sh workflow/dry_run.sh) $(BIN)/snakemake $(ARGS) --snakefile workflow/Snakefile \
 	  --profile workflow/profiles/$(PROFILE) \
 	  --config preset=$(PRESET) $(if $(STUDIES),studies="$(STUDIES)") \
 	  $(if $(DATASETS),datasets="$(DATASETS)") $(if $(METHODS),methods="$(METHODS)") \

@@ -216,8 +216,8 @@ def record_ids(table: Path) -> list[str]:
     if not table.exists():
         return []
     with table.open(newline="") as file:
-        rows = [row.get("id") or row.get("run") for row in csv.DictReader(file)]
-    return sorted({name for name in rows if name})
+        rows = [row.get("id") or row.get("run") or "" for row in csv.DictReader(file)]
+    return sorted({name for row in rows for name in row.split()})  # a mean has several
 
 
 def run_links(stem: str) -> str:
