@@ -24,7 +24,7 @@ from .datasets import SOURCES
 from .evaluation import Scores, evaluate_trials, measures, summarise
 from .method import Method, create
 from .methods.agw import nonlocal_places
-from .methods.ddag import HEADS
+from .methods.ddag import GRAPH_HEADS
 from .records import machine, new_record, run_id, score_entry, write_record
 from .runs import DEFAULTS, Data, Plan, data_key, make_plan, open_data, save_weights
 from .training import embed
@@ -88,7 +88,7 @@ def stack_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """DDAG's graph attention with its heads in one tensor each, [heads, ...]."""
     state = dict(state)
     for part in ("W", "a"):
-        heads = [state.pop(f"attention_{i}.{part}", None) for i in range(HEADS)]
+        heads = [state.pop(f"attention_{i}.{part}", None) for i in range(GRAPH_HEADS)]
         if all(head is not None for head in heads):
             state[f"attention.{part}"] = torch.stack(heads)
         if f"out_att.{part}" in state:

@@ -21,7 +21,7 @@ from afen.backbone import load_resnet
 from afen.batches import is_intact, pack
 from afen.core import keyed_rng
 from afen.datasets import list_tree, load, read_ids, read_index, read_joints, read_permutations
-from afen.people import is_rendered, write_tree
+from afen.people import has_rendered_mark, write_tree
 from afen.probes import load_probes
 from afen.records import read_record, records_folder
 from afen.runs import sealed_weights
@@ -97,7 +97,7 @@ def readers(folder):
         "ids as mat": (sysu / "exp/one_id.mat", lambda: read_ids(sysu, "exp/one_id"), False),
         "draws": (sysu / "exp/rand_perm_cam.mat", lambda: read_permutations(sysu), False),
         "joints": (joints, lambda: read_joints(regdb), False),
-        "mark": (regdb / "rendered.json", lambda: is_rendered(regdb) or None, True),
+        "mark": (regdb / "rendered.json", lambda: has_rendered_mark(regdb) or None, True),
         "record": (record, lambda: read_record(record), True),
         "probe": (probe, lambda: load_probes(probe.parent)[0], True),
         "checkpoint": (checkpoint, lambda: load_checkpoint(checkpoint, "a"), True),
