@@ -89,8 +89,8 @@ def nbdev_3(folder):
     for path in modules:
         path.unlink()
     run(folder / "env" / "bin" / "nbdev-export", cwd=folder)
-    version = run(folder / "env" / "bin" / "python", "-c",
-                  "from importlib.metadata import version; print(version('nbdev'))", cwd=folder)  # fmt: skip
+    script = "from importlib.metadata import version; print(version('nbdev'))"
+    version = run(folder / "env" / "bin" / "python", "-c", script, cwd=folder)
     ours = [ROOT / path.relative_to(folder) for path in modules]
     differ = [str(p.relative_to(folder)) for p, other in zip(modules, ours)
               if not (p.exists() and filecmp.cmp(p, other, shallow=False))]  # fmt: skip
