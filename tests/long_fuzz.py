@@ -32,7 +32,7 @@ from .long_broken import is_sentence
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = [b"", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"NaN", b"Infinity", b"1e999", b"-1", b"{",
-          b"[" * 50, b"null", b"9" * 30, "²".encode(), b'"', b",", b"\r\n", b" ", b"../", b"%s"]  # fmt: skip
+          b"[" * 50, b"null", b"9" * 30, "²".encode(), b'"', b",", b"\r\n", b"../"]  # fmt: skip
 
 
 # every so many rounds: a file of 45 MB, and processes that are started for each
@@ -128,8 +128,8 @@ def fault(value, before, must_equal):
 
 
 VALUES = [None, True, False, 0, 1, -1, 2**64, 1e308, float("nan"), float("inf"), "", "nan", "1e-4",
-          "1e999", "none", "a" * 300, "\x00", "~", "../..", [], [1], {}, {"a": 1}, "paper", "cuda:9",
-          "regdb", "afen", "xmodal", 3, 0.5, "layer3"]  # fmt: skip
+          "1e999", "none", "a" * 300, "\x00", "~", "../..", [], [1], {}, {"a": 1}, "paper",
+          "cuda:9", "regdb", "afen", "xmodal", 3, 0.5, "layer3"]  # fmt: skip
 
 
 def draw_parameters(rng):
@@ -185,7 +185,7 @@ def fuzz(folder, seconds, seed, tries=None):
         "inputs": sum(counts.values()),
         "readers": dict(counts),
         "refused": dict(refused),
-        "faults": [f"{words} (number {n})".replace(str(folder), "") for words, n in faults.items()],
+        "faults": [f"{w} (number {n})".replace(str(folder), "") for w, n in faults.items()],
     }
 
 
@@ -199,7 +199,7 @@ def properties(seconds, seed, examples=100):
     while time.monotonic() < until and not faults:
         command = [*words, f"--hypothesis-seed={seed + rounds}"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
-        total += sum(map(int, re.findall(r"(\d+) passing examples", done.stdout)))
+        total += sum(map(int, re.findall(r"(\d+) passing", done.stdout)))
         tests |= set(re.findall(r"^(tests/\S+::\S.*):$", done.stdout, re.M))
         faults += re.findall(r"^FAILED .*|^E  .*", done.stdout, re.M)[:5]
         if done.returncode and not faults:

@@ -66,6 +66,7 @@ def empty_environment(wheel, folder):
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=folder)
+    run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools", cwd=folder)  # old
     assert run(python, "-c", "import afen; print(afen.__version__)", cwd=folder)
     place = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder)
     lent = sysconfig.get_path("purelib")
@@ -88,8 +89,8 @@ def nbdev_3(folder):
     for path in modules:
         path.unlink()
     run(folder / "env" / "bin" / "nbdev-export", cwd=folder)
-    version = run(folder / "env" / "bin" / "python", "-c",
-                  "from importlib.metadata import version; print(version('nbdev'))", cwd=folder)  # fmt: skip
+    script = "from importlib.metadata import version; print(version('nbdev'))"
+    version = run(folder / "env" / "bin" / "python", "-c", script, cwd=folder)
     ours = [ROOT / path.relative_to(folder) for path in modules]
     differ = [str(p.relative_to(folder)) for p, other in zip(modules, ours)
               if not (p.exists() and filecmp.cmp(p, other, shallow=False))]  # fmt: skip

@@ -73,7 +73,7 @@ def test_a_run_is_killed_at_any_moment_of_it():
     assert 0 < min(drawn) < 1 and 9 < max(drawn) < 10
 
 
-@pytest.mark.parametrize("part", RECORDS)
+@pytest.mark.parametrize("part", long.PARTS)
 def test_the_kept_record_says_what_was_tried(part):
     record = RECORDS[part]
     assert record["part"] == part and record["faults"] == []
@@ -81,3 +81,10 @@ def test_the_kept_record_says_what_was_tried(part):
     counts = {"broken": "trees", "fuzz": "inputs", "properties": "examples", "kills": "kills"}
     counts |= {"package": "modules"}
     assert len(record["each"]) == 8 if part == "numerics" else record[counts[part]] > 0
+
+
+def test_the_kills_that_are_kept_ended_bit_equal():
+    record = RECORDS["kills"]
+    assert record["bit_equal"] == record["kills"] == len(record["each"])
+    assert set(record["methods"]) == set(long_kills.METHODS)
+    assert record["while_running"] > record["kills"] // 2  # the others had ended

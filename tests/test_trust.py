@@ -318,6 +318,17 @@ def test_a_wrong_value_is_one_sentence(given, sentence):
         runs.make_plan(runs.DEFAULTS | given)
 
 
+@pytest.mark.parametrize("given, changes", [
+    ({"lr": "1e-4"}, {"lr": 0.0001}),
+    ({"erasing": "5e-1"}, {"erasing": 0.5}),
+    ({"height": 384, "width": 192}, {"height": 384, "width": 192}),
+    ({"weight_decay": 1e-4}, {"weight_decay": 0.0001}),
+])  # fmt: skip
+def test_what_people_type_changes_the_recipe(given, changes):
+    recipe = runs.make_plan(runs.DEFAULTS | given).recipe
+    assert {name: getattr(recipe, name) for name in changes} == changes
+
+
 @pytest.mark.parametrize("value", [3, ["x"], {"a": 1}, True])
 def test_a_switch_of_a_wrong_type_is_said_before_images_are_read(value):
     options = {"mecs_switches": {"strips": value}}

@@ -20,9 +20,10 @@ def wheel(tmp_path_factory):
     return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
-def test_a_wheel_holds_the_modules_and_nothing_else(wheel):
+def test_a_wheel_holds_what_the_package_has_and_nothing_else(wheel):
     names = ZipFile(wheel).namelist()
-    ours = [p.relative_to(ROOT).as_posix() for p in (ROOT / "afen").rglob("*.py")]
+    files = [p for p in (ROOT / "afen").rglob("*.*") if p.is_file() and p.suffix != ".pyc"]
+    ours = [p.relative_to(ROOT).as_posix() for p in files]
     held = [name for name in names if ".dist-info/" not in name]
     assert sorted(held) == sorted(ours)
     assert any(name.endswith("licenses/LICENSE") for name in names)
