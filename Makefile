@@ -10,13 +10,14 @@ DATASETS ?=
 METHODS ?=
 SEEDS ?=
 ARGS ?=
+DRY = $(filter -n --dry-run --dryrun,$(ARGS))
 # what cells print is shown; the rest goes to a log, of which a failed run's last words are
 ONE = runs/$(DATASET)-$(METHOD)
 RUN = $(BIN)/papermill --no-progress-bar --stdout-file - nbs/train.ipynb
 SAY = awk '/^[A-Za-z]*(Error|Exception|Interrupt): ./ {s = ""} {s = s $$0 "\n"} \
   END {printf "%s", s; exit 1}'
 
-.PHONY: bench demo test check-gpu lab train reproduce install notebooks docs docs-serve clean
+.PHONY: bench demo test test-long check-gpu lab train reproduce install notebooks docs docs-serve clean
 
 install: .venv/installed
 
@@ -45,6 +46,9 @@ test: install  ## notebooks and modules in step, every notebook, every test
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_file_re '^[_.]|^train'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+test-long: install  ## an hour or two: kills, broken data, fuzz, numerics, an empty environment
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long $(ARGS)
+
 check-gpu: install  ## on one GPU, eight minutes at most: right, resumable, how fast
 	@$(BIN)/python -m tests.gpu
 
@@ -52,12 +56,13 @@ bench: install  ## speeds of this machine's processor: make bench NAMES='"96 vie
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench.py $(NAMES)
 
 lab: install  ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab --ServerApp.root_dir='$(CURDIR)' \
+	  --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
 
 reproduce: install  ## make every missing run, then all tables and figures
 	@# pages are made anew, as their figures may have been deleted; a dry run deletes nothing
-	@$(if $(filter -n --dry-run --dryrun,$(ARGS)),,rm -rf runs/reproduce)
-	@$(BIN)/snakemake $(ARGS) --snakefile workflow/Snakefile \
+	@$(if $(DRY),,rm -rf runs/reproduce)
+	@$(if $(DRY),sh workflow/dry_run.sh) $(BIN)/snakemake $(ARGS) --snakefile workflow/Snakefile \
 	  --profile workflow/profiles/$(PROFILE) \
 	  --config preset=$(PRESET) $(if $(STUDIES),studies="$(STUDIES)") \
 	  $(if $(DATASETS),datasets="$(DATASETS)") $(if $(METHODS),methods="$(METHODS)") \

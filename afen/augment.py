@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'PART', 'MIRRORED', 'AREA', 'ASPECT', 'FILL', 'TRIES', 'LUMA', 'to_float', 'constant', 'beside',
            'in_parts', 'normalise', 'denormalise', 'Placement', 'draw_placement', 'place', 'place_joints', 'draw_boxes',
-           'paint', 'erase', 'mix_channels', 'draw_copies', 'copy_channel', 'draw_adaptions', 'adapt_gray', 'grayscale',
-           'weak_view', 'channel_view', 'infrared_view']
+           'paint', 'erase', 'mix_channels', 'draw_copies', 'draw_adaptions', 'grayscale', 'weak_view', 'channel_view',
+           'infrared_view']
 
 # %% ../nbs/04_augment.ipynb #a70a0310
 from collections.abc import Callable
@@ -182,13 +182,27 @@ def paint(
     fill: tuple[float, float, float] = FILL,  # of the painted pixels
 ) -> Tensor:
     """The images with one box each painted over."""
+    cover = _paint_in_turn if images.device.type == "cpu" else _paint_at_once
+    return cover(images, boxes, constant(fill, images))
+
+
+def _paint_in_turn(images: Tensor, boxes: Tensor, fill: Tensor) -> Tensor:
+    """The boxes one after the other: quick on a CPU."""
+    painted = images.clone()
+    for image, (top, left, height, width) in zip(painted, boxes.tolist()):
+        image[:, top : top + height, left : left + width] = fill
+    return painted
+
+
+def _paint_at_once(images: Tensor, boxes: Tensor, fill: Tensor) -> Tensor:
+    """All boxes in a fixed number of operations: quick on a GPU."""
     boxes, size = beside(boxes, images), images.shape[-2:]
     start, end = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]  # [B, 2]
     rows, columns = (torch.arange(n, device=images.device) for n in size)
     tall = (rows >= start[:, :1]) & (rows < end[:, :1])  # [B, H]
     wide = (columns >= start[:, 1:]) & (columns < end[:, 1:])  # [B, W]
     in_box = (tall[:, :, None] & wide[:, None, :])[:, None]  # [B, 1, H, W]
-    return torch.where(in_box, constant(fill, images), images)
+    return torch.where(in_box, fill, images)
 
 
 def erase(
@@ -211,9 +225,11 @@ def mix_channels(
 ) -> Tensor:
     """All three channels become one weighted sum of them, where `mixed`."""
     weights = beside(weights.to(images.dtype), images)[:, :, None, None]
-    mixed = beside(mixed, images)[:, None, None, None]
     grey = (images * weights).sum(1, keepdim=True)  # [B, 1, H, W]
-    return torch.where(mixed, grey, images)  # [B, 3, H, W]
+    if images.device.type == "cpu":  # one after the other is quicker
+        pairs = zip(images, grey, mixed.tolist())
+        return torch.stack([g.expand_as(i) if mix else i for i, g, mix in pairs])
+    return torch.where(beside(mixed, images)[:, None, None, None], grey, images)
 
 # %% ../nbs/04_augment.ipynb #c4719abf
 def draw_copies(
@@ -223,14 +239,6 @@ def draw_copies(
     """Weights [B, 3] and a mask [B] that copy red, green or blue, a third each."""
     chosen = torch.randint(0, 3, (count,), generator=generator)
     return torch.eye(3)[chosen], torch.ones_like(chosen) > 0
-
-
-def copy_channel(
-    images: Tensor,  # float [B, 3, H, W]
-    generator: torch.Generator,  # on the CPU
-) -> Tensor:
-    """Copy red, green or blue, a third each, to all three channels (CAJ, visible)."""
-    return mix_channels(images, *draw_copies(len(images), generator))
 
 # %% ../nbs/04_augment.ipynb #4a72a3bb
 def draw_adaptions(
@@ -243,14 +251,6 @@ def draw_adaptions(
     grey = torch.tensor(LUMA)
     table = torch.stack([red, red, green, green, blue, blue, grey, grey])  # [8, 3]
     return table[eighth], eighth < 7
-
-
-def adapt_gray(
-    images: Tensor,  # float [B, 3, H, W]
-    generator: torch.Generator,  # on the CPU
-) -> Tensor:
-    """Copy R, G or B (1/4 each), or grey (1/8), or keep (1/8) (CAJ, infrared)."""
-    return mix_channels(images, *draw_adaptions(len(images), generator))
 
 # %% ../nbs/04_augment.ipynb #7f61a0f7
 def grayscale(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODALITIES', 'STAGES', 'DEPTHS', 'WRAPPERS', 'PREFIX', 'ModuleFactory', 'GeM', 'make_neck', 'Head', 'make_stem',
-           'keep_resolution', 'insert', 'load_resnet', 'unwrap', 'read_state', 'not_finite', 'first_difference',
+           'keep_resolution', 'insert', 'load_resnet', 'unwrap', 'not_finite', 'read_state', 'first_difference',
            'DualResNet', 'output_shapes', 'count_parameters', 'count_multiply_adds', 'conv_cost', 'stage_cost']
 
 # %% ../nbs/10_backbone.ipynb #2d3ae4cd
@@ -145,6 +145,12 @@ def _prefixed(name: Any) -> bool:
     """Whether a name has DataParallel's prefix."""
     return isinstance(name, str) and name.startswith(PREFIX)
 
+# %% ../nbs/10_backbone.ipynb #19fa1ef5
+def not_finite(state: Mapping[str, Any]) -> str:
+    """The first tensor that is not all numbers, by its name; "" if none is."""
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    return next((k for k, v in tensors.items() if not v.isfinite().all()), "")
+
 
 def read_state(
     path: Path,
@@ -176,13 +182,7 @@ def read_state(
         )
     return dict(state)
 
-
-def not_finite(state: Mapping[str, Any]) -> str:
-    """The first tensor that is not all numbers, by its name; "" if none is."""
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    return next((k for k, v in tensors.items() if not v.isfinite().all()), "")
-
-
+# %% ../nbs/10_backbone.ipynb #c12b5a64
 def first_difference(
     network: Mapping[str, Tensor],  # a state dict
     weights: Mapping[str, Any],
@@ -194,12 +194,12 @@ def first_difference(
         shape = getattr(weights[name], "shape", None)
         if shape is None:
             return f"{name} is no tensor"
-        if shape != value.shape:
+        if value.numel() and shape != value.shape:  # an empty one takes any (DART's)
             return f"{name} has shape {tuple(shape)} instead of {tuple(value.shape)}"
     extra = [name for name in weights if name not in network]
     return f"{extra[0]} is no part of the network" if extra else ""
 
-
+# %% ../nbs/10_backbone.ipynb #96c838ad
 def _load_file(resnet: nn.Module, path: Path) -> nn.Module:
     """`resnet` with the state dict in `path`; the classifier `fc` may be missing."""
     states = resnet.state_dict(), read_state(path, "torchvision")

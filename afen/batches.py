@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'PIXELS', 'AHEAD', 'SortedRows', 'sort_rows', 'draw_rows', 'draw_distinct_rows', 'IdentitySampler',
-           'check_sampler', 'Decoded', 'decode', 'reason', 'try_decode', 'decode_all', 'unreadable', 'file_parts',
-           'write_checked', 'is_intact', 'PackedImages', 'read_rows', 'file_hash', 'content_key', 'pack',
+           'check_sampler', 'Decoded', 'is_deep', 'decode', 'reason', 'try_decode', 'decode_all', 'unreadable',
+           'file_parts', 'write_checked', 'is_intact', 'PackedImages', 'read_rows', 'file_hash', 'content_key', 'pack',
            'check_request', 'Batch', 'joints_of', 'send', 'make_batch', 'batches']
 
 # %% ../nbs/03_batches.ipynb #96d98ad8
@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -175,17 +175,28 @@ class Decoded(NamedTuple):
     file_size: tuple[int, int]
 
 # %% ../nbs/03_batches.ipynb #74ef9674
+def is_deep(
+    image: Image.Image,  # opened, its pixels not yet read
+) -> bool:
+    """Whether a channel has more than 8 bits in the file."""
+    layouts = [tile.args for tile in image.tile]  # "RGB;16B", in PPM ("RGB", 65535)
+    largest = [a[1] for a in layouts if image.format == "PPM" and isinstance(a, tuple)]
+    return image.mode[0] in "IF" or ";16" in str(layouts) or max(largest, default=0) > 255
+
+
 def decode(
     path: Path,  # an image file of any format that Pillow reads
     size: tuple[int, int],  # (height, width) to resize to
 ) -> Decoded:
     """Read an image as RGB and resize it with Lanczos (AGW, `data_loader.py`).
 
-    Raises what Pillow raises for a broken file, ValueError for grey of over 8 bits.
+    It is turned as it says that it was taken (ours). Raises what Pillow raises for a broken
+    file, ValueError for over 8 bits a channel.
     """
     with Image.open(path) as image:
-        if image.mode[0] in "IF":  # "I", "I;16", "F"
+        if is_deep(image):
             raise ValueError(f"mode {image.mode} has over 8 bits a channel; convert it")
+        ImageOps.exif_transpose(image, in_place=True)
         file_size = image.height, image.width
         rgb = image.convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS)
     return Decoded(np.asarray(rgb), file_size)

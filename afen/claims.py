@@ -10,8 +10,8 @@ __all__ = ['KEYS', 'LEAST', 'IDLE', 'FROM_WORST', 'Measure', 'AFEN_CELL', 'MEDIA
            'strip_tests', 'powers', 'halves', 'kept_power', 'separation', 'frequency_tests', 'gap_rows', 'gap_closed',
            'final_gap', 'confusion', 'gap_tests', 'hardest', 'above_fifth', 'above_wrt', 'loss_tests', 'transfer_map',
            'whole_tests', 'all_tests', 'sets_of_claim', 'claim_verdict', 'verdict_table', 'chance_of_one_sign',
-           'chance_verdicts', 'lines', 'dots', 'Drawing', 'draw_panels', 'not_run', 'name_missing', 'name_lines',
-           'count', 'probe_rows', 'noise_panel', 'noise_drawing', 'drift_panel', 'drift_drawing', 'share_panel',
+           'chance_verdicts', 'lines', 'dots', 'not_run', 'name_missing', 'name_lines', 'count', 'Drawing',
+           'draw_panels', 'probe_rows', 'noise_panel', 'noise_drawing', 'drift_panel', 'drift_drawing', 'share_panel',
            'extent_panel', 'strip_drawing', 'band_power', 'power_panel', 'branch_panel', 'frequency_drawing',
            'around_panel', 'feature_panel', 'gap_drawing', 'gradient_panel', 'gradient_drawing', 'whole_points',
            'whole_drawing', 'mean_interval', 'afen_minus_caj', 'comparison_finding', 'table_finding', 'claims_finding',
@@ -92,7 +92,7 @@ def mean_ap(records: Iterable[Mapping[str, Any]]) -> pd.Series:
     scores = scores_table(records)
     return 100 * scores[scores.metric == "mAP"].groupby("id").value.mean()
 
-
+# %% ../nbs/29_claims.ipynb #b37fe22e
 @dataclass(frozen=True)
 class Evidence:
     """The ablation of a preset: its cells, and what records and probes say of them."""
@@ -193,7 +193,7 @@ def inner_test(
         values = values.where(change >= least)
     return Test(claim, name, values, idle, bar)
 
-
+# %% ../nbs/29_claims.ipynb #0a0ceaf4
 def paired_test(
     evidence: Evidence,
     claim: int,
@@ -336,7 +336,7 @@ def kept_power(tables: Tables) -> float:
     before, after = (powers(tables, "spectra", which) for which in ("input", "output"))
     return float((halves(after) / halves(before)).min()) - KEEPS if before else np.nan
 
-
+# %% ../nbs/29_claims.ipynb #6e253fef
 def separation(tables: Tables) -> float:
     """The lesser of how far R is above F and S below F in its share of high power."""
     each = {which: powers(tables, "response", which) for which in "FRS"}
@@ -473,7 +473,7 @@ def all_tests(evidence: Evidence) -> list[Test]:
     """The tests of the six claims, in their order."""
     return [test for tests in TESTS for test in tests(evidence)]
 
-
+# %% ../nbs/29_claims.ipynb #94fce772
 def sets_of_claim(tests: Sequence[Test]) -> set[str]:
     """The data sets on which every one of a claim's tests was made."""
     made = [test.values[test.values.notna() | test.idle] for test in tests]
@@ -562,6 +562,35 @@ def dots(axes: Axes, table: pd.DataFrame, x: str, y: str) -> None:
     axes.set_xticklabels(names, rotation=30, ha="right", rotation_mode="anchor")
 
 # %% ../nbs/29_claims.ipynb #9da3a9b5
+def not_run(axes: Axes) -> None:
+    """What an empty panel says."""
+    axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center", size=8)
+    axes.set(xticks=[], yticks=[])
+
+
+def name_missing(axes: Axes, table: pd.DataFrame, wanted: pd.DataFrame) -> None:
+    """Name the cells that the grid has on this data set and the table has not."""
+    asked = wanted[wanted.dataset == table.dataset.iloc[0]].label.unique()
+    missing = [name for name in asked if name not in set(table.label)]
+    words = "not run:\n" + "\n".join(missing) if missing else ""
+    axes.text(0.03, 0.03, words, transform=axes.transAxes, size=8)
+
+
+def name_lines(figure: Figure, every: Iterable[Axes]) -> None:
+    """One legend for all panels, if any line has a name."""
+    pairs = [axes.get_legend_handles_labels() for axes in every]
+    named = {label: handle for pair in pairs for handle, label in zip(*pair)}
+    if named:
+        ncols = 4 if sum(map(len, named)) < 40 else 2
+        figure.legend(named.values(), named, loc="outside upper center", ncols=ncols)
+
+
+def count(data: pd.DataFrame, sets: Sequence[str]) -> str:
+    """How many seeds the runs of each data set have."""
+    each = data.groupby("dataset").seed.nunique().reindex(sets, fill_value=0)
+    return ", ".join(f"{n} seeds on {name}" for name, n in each.items())
+
+# %% ../nbs/29_claims.ipynb #74f5be5d
 @dataclass(frozen=True)
 class Drawing:
     """A figure with what it shows and says."""
@@ -599,35 +628,6 @@ def draw_panels(
         caption += f" Hollow: {module} is idle, and tests inside it leave the run out."
     about = f"{caption} A dot is a run, a line or tick the mean; {count(data, sets)}."
     return Drawing(stem, figure, data, about)
-
-
-def not_run(axes: Axes) -> None:
-    """What an empty panel says."""
-    axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center", size=8)
-    axes.set(xticks=[], yticks=[])
-
-
-def name_missing(axes: Axes, table: pd.DataFrame, wanted: pd.DataFrame) -> None:
-    """Name the cells that the grid has on this data set and the table has not."""
-    asked = wanted[wanted.dataset == table.dataset.iloc[0]].label.unique()
-    missing = [name for name in asked if name not in set(table.label)]
-    words = "not run:\n" + "\n".join(missing) if missing else ""
-    axes.text(0.03, 0.03, words, transform=axes.transAxes, size=8)
-
-
-def name_lines(figure: Figure, every: Iterable[Axes]) -> None:
-    """One legend for all panels, if any line has a name."""
-    pairs = [axes.get_legend_handles_labels() for axes in every]
-    named = {label: handle for pair in pairs for handle, label in zip(*pair)}
-    if named:
-        ncols = 4 if sum(map(len, named)) < 40 else 2
-        figure.legend(named.values(), named, loc="outside upper center", ncols=ncols)
-
-
-def count(data: pd.DataFrame, sets: Sequence[str]) -> str:
-    """How many seeds the runs of each data set have."""
-    each = data.groupby("dataset").seed.nunique().reindex(sets, fill_value=0)
-    return ", ".join(f"{n} seeds on {name}" for name, n in each.items())
 
 # %% ../nbs/29_claims.ipynb #11784178
 MODULE_CELLS = ("base", "MECS", "FEM", grid.FULL)  # labels in the group "modules"
@@ -683,7 +683,7 @@ def noise_drawing(
     rows = probe_rows(evidence, "noise", cells)
     return draw_panels(evidence, stem, caption + "of noise.", rows, panels)
 
-
+# %% ../nbs/29_claims.ipynb #069fcc6e
 def drift_panel(kind: str) -> Panel:
     """Drift over spread of each branch against the level of one kind of noise."""
 
@@ -920,7 +920,7 @@ def _gain(dataset: str, values: pd.Series) -> str:
     low, high = map(_signed, mean_interval(values))
     return f"{gain} (95 % interval over {over}: {low} to {high})"
 
-
+# %% ../nbs/29_claims.ipynb #7e8cbc51
 def comparison_finding(records: Sequence[Mapping[str, Any]]) -> str:
     """AFEN against CAJ on rendered and on real data, with intervals."""
     sentences = []
@@ -942,7 +942,7 @@ def comparison_finding(records: Sequence[Mapping[str, Any]]) -> str:
         sentences.append(f"{where}: {what} is {each}; {word}.")
     return " ".join(sentences)
 
-
+# %% ../nbs/29_claims.ipynb #0f8f7828
 def table_finding(records: Sequence[Mapping[str, Any]]) -> str:
     """How many rows of Table 1 are reproduced, and what became of the others."""
     jobs = grid.jobs("paper", ["rows"])
@@ -953,7 +953,7 @@ def table_finding(records: Sequence[Mapping[str, Any]]) -> str:
     line = f"{done} of {done + total} rows of Table 1 are reproduced"
     return f"{line} ({others})." if others else f"{line}."
 
-
+# %% ../nbs/29_claims.ipynb #5dadbb9c
 def claims_finding(sides: Mapping[str, Evidence]) -> str:
     """The six claims by verdict, on each side."""
     parts = []
@@ -978,7 +978,7 @@ def modules_finding(sides: Mapping[str, Evidence]) -> str:
     act = f"Runs of AFEN in which a module changes its map by {share} or more"
     return f"{act}: {'; '.join(parts)}."
 
-
+# %% ../nbs/29_claims.ipynb #8b0fc4ee
 def errata_finding() -> str:
     """The paper's slips, counted by how they are known."""
     path = project_root() / "nbs" / "errata.toml"

@@ -222,7 +222,7 @@ def check_value(
     text = kind is float and isinstance(value, str) and _EXPONENT.fullmatch(value)
     if kind is float and (type(value) is int or text):
         value = float(value)
-    if type(value) is not kind:
+    if type(value) is not kind or (kind is float and np.isinf(value)):
         raise ValueError(_wrong_type(name, value, kind))
     if kind is str and parameter.options:
         return nearest(fold_case(value, parameter.options), parameter.options, name)

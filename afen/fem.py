@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .blocks import JOINS, Join, check_map, check_odd
-from .blocks import check_options, check_subset, depthwise
+from .blocks import check_options, check_subset, depthwise, start_at_zero
 from .core import nearest
 
 # %% ../nbs/12_fem.ipynb #53f63e14
@@ -238,8 +238,9 @@ class ConvMLP(nn.Module):
 class FEM(nn.Module):
     """Feature enhancement module (Section 3.2), [B, C, H, W] to the same shape.
 
-    Raises ValueError for an option that is not known and for a map that is not
-    [B, channels, H, W]. Sources of the defaults: the table in notebook 12.
+    Raises ValueError for an option that is not known, for a start at zero that nothing
+    can leave, and for a map that is not [B, channels, H, W]. Sources of the defaults: the
+    table in notebook 12.
     """
 
     def __init__(
@@ -254,7 +255,7 @@ class FEM(nn.Module):
         up: str = "bilinear",  # or "nearest": how Q is made (F5)
         sites: str = "fanet",  # GELU and norms inside; "bare": none (F3, F6)
         fuse: str = "none",  # or "scm", "skip" (F8)
-        join: str = "residual_zero",  # or "residual", "replace" (F9)
+        join: str = "residual_zero",  # one of JOINS (F9)
         ratio: int = 4,  # hidden width of ConvMLP over C; 0 leaves it out (F10)
         activation: str = "gelu",  # or "relu" (F11)
         low: str = "product",  # S = F * Q, or "smooth": S = Q (F13)
@@ -273,6 +274,21 @@ class FEM(nn.Module):
         self.mlp = ConvMLP(channels, ratio, act) if ratio else None
         self.join = Join(join)
         start_small(self)
+        if join == "zero_projection":
+            start_at_zero(*self.last_projections())
+
+    def last_projections(self) -> list[nn.Conv2d]:
+        """The 1x1 of each half that are zero at first under `join="zero_projection"`.
+
+        Raises ValueError if a zero there is for good: behind it is a ReLU.
+        """
+        conv, act = self.mix.fuse
+        if isinstance(act, nn.ReLU):
+            raise ValueError(
+                "join='zero_projection' puts a zero before a ReLU, which no gradient "
+                "passes: use activation='gelu', sites='bare', or another join."
+            )
+        return [conv] if self.mlp is None else [conv, self.mlp.narrow]
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.channels, "FEM")

@@ -20,7 +20,7 @@ from .datasets import MODALITIES, Split
 from .evaluation import average_precision, cosine_distances, first_match_rank
 from .evaluation import inverse_penalty, may_see
 from .people import POCKET_SETS, VERSION, Difficulty, Person, TreeSpec
-from .people import is_rendered, sample_person
+from .people import has_rendered_mark, sample_person
 
 # %% ../nbs/31_findings.ipynb #74682800
 MEASURES = ["rank", "AP", "INP"]
@@ -154,7 +154,7 @@ def _specification(split: Split) -> TreeSpec | None:
     """What a rendered set was made from: the pocket set's, or what its mark says."""
     if split.name in POCKET_SETS:
         return POCKET_SETS[split.name]
-    if not is_rendered(split.root):
+    if not has_rendered_mark(split.root):
         return None
     mark = json.loads((split.root / "rendered.json").read_text())
     made = mark["specification"]

@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['BOTH', 'METHODS', 'ROWS', 'FULL', 'CORE', 'LOSSES', 'POOLING', 'FEM_BRANCHES', 'PLACES', 'STRIPS', 'REDUCTION',
-           'JOINING', 'RECIPE', 'NONLOCAL', 'WRONG_LABELS', 'GRID', 'STUDIES', 'PRESETS', 'IMAGES', 'METRICS',
-           'SETTINGS', 'COLUMNS', 'Group', 'switch_change', 'Preset', 'Job', 'make_job', 'jobs', 'runs_of', 'job_lines',
-           'total_steps', 'step_seconds', 'step_work', 'step_cost', 'plan', 'cost_text', 'plan_text', 'timed_records',
-           'last_error', 'may_pass', 'keep', 'results', 'differences', 'main']
+           'JOINING', 'RECIPE', 'NONLOCAL', 'WRONG_LABELS', 'GRID', 'STUDIES', 'PRESETS', 'IMAGES', 'WEIGHTS',
+           'METRICS', 'SETTINGS', 'COLUMNS', 'Group', 'switch_change', 'Preset', 'Job', 'make_job', 'jobs', 'runs_of',
+           'job_lines', 'total_steps', 'step_seconds', 'step_work', 'step_cost', 'plan', 'cost_text', 'plan_text',
+           'timed_records', 'GPU', 'this_gpu', 'driver_version', 'gpu_records', 'gpu_costs', 'price_by_gpu',
+           'disk_gigabytes', 'needs_text', 'gpu_text', 'last_error', 'may_pass', 'keep', 'results', 'differences',
+           'main']
 
 # %% ../nbs/26_grid.ipynb #58324ad7
 import argparse
 import builtins
 import json
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,12 +26,15 @@ from typing import Any
 
 import nbformat
 import pandas as pd
+import timm
 import torch
+import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import nearest
-from .datasets import DIRECTIONS, SYSU_SETTINGS
-from .method import Recipe, create
+from .core import nearest, project_root
+from .datasets import DIRECTIONS, PUBLISHED, SYSU_SETTINGS, require_root
+from .method import Method, Recipe, create
+from .methods.pmt import TAG
 from afen.records import (
     keep_record,
     load_records,
@@ -326,14 +333,21 @@ def _image_work(
     network: str,  # method, recipe and options as JSON
 ) -> int:
     """Multiply-adds of embedding one image."""
-    name, given, options = json.loads(network)
-    recipe = Recipe(**given | {"drops": tuple(given["drops"]), "weights": "none"})
     with torch.device("meta"), torch.no_grad():  # shapes alone, no arithmetic
-        method = create(name, 2, recipe, **options).eval()
-        image = torch.empty(1, 3, recipe.height, recipe.width, dtype=torch.uint8)
+        method = _shapes(network).eval()
+        size = method.recipe.height, method.recipe.width
+        image = torch.empty(1, 3, *size, dtype=torch.uint8)
         with FlopCounterMode(display=False) as counter:
             method.embed(image, "visible")
     return counter.get_total_flops() // 2
+
+
+def _shapes(network: str) -> Method:
+    """The method of `_image_work` without numbers: its shapes alone."""
+    name, given, options = json.loads(network)
+    recipe = Recipe(**given | {"drops": tuple(given["drops"]), "weights": "none"})
+    with torch.device("meta"):
+        return create(name, 2, recipe, **options)
 
 # %% ../nbs/26_grid.ipynb #8ac1d99b
 _VARIED = ("dataset", "trial", "seed", "gallery", "noise")  # no step takes longer by it
@@ -435,6 +449,163 @@ def timed_records(
     """What costs are read from: the kept records, and two steps at the paper's size."""
     folder = Path(folder or records_folder())
     return load_records(folder) + load_records(folder / "paper_size")
+
+# %% ../nbs/26_grid.ipynb #11c4d41b
+@dataclass(frozen=True)
+class GPU:
+    """The first GPU of a machine."""
+
+    name: str  # as torch has it
+    gigabytes: float  # of its memory
+    driver: str  # "" where it is not known
+
+
+def this_gpu() -> GPU | None:
+    """This machine's first GPU, if torch can use one."""
+    if not torch.cuda.is_available():
+        return None
+    about = torch.cuda.get_device_properties(0)
+    return GPU(about.name, about.total_memory / 1e9, driver_version())
+
+
+def driver_version() -> str:
+    """What nvidia-smi says of the driver; "" without it."""
+    if not shutil.which("nvidia-smi"):
+        return ""
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.split("\n")[0]
+
+# %% ../nbs/26_grid.ipynb #adab47a3
+def gpu_records(
+    root: Path | str | None = None,  # the project's if None
+) -> list[dict[str, Any]]:
+    """What `make check-gpu` left, kept or of this machine, the newest last."""
+    root = Path(root or project_root())
+    paths = [*root.glob("data/records/gpu/*.json"), *root.glob("runs/gpu-*.json")]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return sorted(records, key=lambda record: record["started"])
+
+# %% ../nbs/26_grid.ipynb #9f91e12b
+def gpu_costs(
+    chosen: Iterable[Job],
+    record: Mapping[str, Any],  # one of `gpu_records`
+) -> pd.DataFrame:
+    """Per method and data set: runs, steps, seconds of a step, hours and GB of memory.
+
+    Without a step that was measured the last three are NaN. Reading and testing are not in it.
+    """
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for job in runs_of(chosen).values():
+        name, p = job.parameters["method"], job.parameters
+        check = record["checks"].get(f"step {name} {p['precision']}", {})
+        check = check if check.get("ok") else {}
+        steps, seconds = total_steps(p), check.get("seconds", float("nan"))
+        row = rows.setdefault((name, job.dataset), {"runs": 0, "steps": steps})
+        row |= {"s/step": seconds, "hours each": steps * seconds / 3600}
+        row |= {"runs": row["runs"] + 1, "GB": check.get("peak GB", float("nan"))}
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["method", "data set"])
+    table.insert(4, "hours", table["runs"] * table["hours each"])
+    return table.reset_index()
+
+# %% ../nbs/26_grid.ipynb #ed8b6d22
+def price_by_gpu(
+    table: pd.DataFrame,  # from `plan`
+    chosen: Mapping[str, Job],  # from `runs_of`
+    record: Mapping[str, Any],  # one of `gpu_records`
+) -> pd.DataFrame:
+    """The plan at the seconds of a GPU, where its record has them."""
+    costs = gpu_costs(chosen.values(), record).set_index(["method", "data set"])["s/step"]
+    table = table.copy()
+    for name, job in chosen.items():
+        seconds = costs[job.parameters["method"], job.dataset]
+        if pd.notna(seconds):
+            left = table.at[name, "state"] == "to run"
+            about = seconds, f"measured, {record['device']}"
+            table.loc[name, ["s/step", "basis"]] = about
+            table.at[name, "minutes"] = left * table.at[name, "steps"] * seconds / 60
+    return table
+
+# %% ../nbs/26_grid.ipynb #74f66a79
+def _published_images(dataset: str) -> int:
+    """How many images a data set has by its published counts."""
+    counts = PUBLISHED[PUBLISHED["layout"] == dataset].set_index("what")["expected"]
+    parts = counts[counts.index.str.match("(training|test) images, ")]
+    return int(counts["images"] if "images" in counts else parts.sum())
+
+
+@cache
+def _state_bytes(
+    network: str,  # as `_image_work` has it
+) -> int:
+    """The size of a method's weights."""
+    return sum(t.numel() * t.element_size() for t in _shapes(network).state_dict().values())
+
+
+def disk_gigabytes(chosen: Iterable[Job]) -> float:
+    """What runs on real data need: packed images, weights, and one run's checkpoints."""
+    packed, weights = {}, []
+    for job in runs_of(chosen).values():
+        recipe = job.parameters["recipe"]
+        network = [job.parameters["method"], recipe, job.parameters["options"]]
+        weights.append(_state_bytes(json.dumps(network)))
+        size = recipe["height"], recipe["width"]
+        pixels = _published_images(job.dataset) * size[0] * size[1]
+        packed[job.dataset, job.trial, size] = 3 * pixels
+    moments = 3  # the weights and at most two numbers of the optimiser for each
+    return (sum(packed.values()) + sum(weights) + 2 * moments * max(weights, default=0)) / 1e9
+
+# %% ../nbs/26_grid.ipynb #781f9f77
+WEIGHTS = {  # what is downloaded once, into torch's cache
+    "pmt": timm.get_pretrained_cfg(TAG).url,
+    "other": torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url,
+}
+
+
+def needs_text(chosen: Iterable[Job], root: Path | str | None = None) -> list[str]:
+    """A line each for data, weights and disk: what is there, and what is missing."""
+    chosen, root = list(chosen), Path(root or project_root())
+    lines = []
+    for name in dict.fromkeys(job.dataset for job in chosen):
+        try:
+            lines.append(f"Data: {name} is at {require_root(name)}.")
+        except FileNotFoundError as error:
+            lines.append(f"Data: {error}")
+    cached = Path(torch.hub.get_dir()) / "checkpoints"
+    for url in dict.fromkeys(WEIGHTS.get(job.label, WEIGHTS["other"]) for job in chosen):
+        there = (cached / Path(url).name).exists()
+        state = "is there" if there else "is not there: the first run downloads it"
+        lines.append(f"Weights: {Path(url).name} {state} ({cached}).")
+    needed, free = disk_gigabytes(chosen), shutil.disk_usage(root).free / 1e9
+    enough = "" if needed < free else ", which is too little"
+    return [*lines, f"Disk: about {needed:.0f} GB are needed, {free:.0f} GB are free{enough}."]
+
+# %% ../nbs/26_grid.ipynb #3985ffdb
+def gpu_text(
+    chosen: Iterable[Job],
+    gpu: GPU | None,  # from `this_gpu`
+    records: Sequence[Mapping[str, Any]],  # from `gpu_records`
+) -> list[str]:
+    """What runs take on the GPU at hand, in lines; what to do where that is not known."""
+    chosen, named = list(chosen), f"{gpu.name}, {gpu.gigabytes:.0f} GB" if gpu else ""
+    if gpu is None:
+        driver = driver_version()
+        why = f"the driver is {driver}, and torch wants CUDA {torch.version.cuda}"
+        return [f"No GPU that torch can use is at hand{f' ({why})' if driver else ''}: on one a "
+                "row takes hours, here it takes days, as the lines below say."]  # fmt: skip
+    own = [record for record in records if record["device"] == gpu.name]
+    if not own:
+        return [f"GPU: {named}, driver {gpu.driver}. Nothing was measured on it yet: make "
+                "check-gpu does so in eight minutes, and then this plan has its hours."]  # fmt: skip
+    costs = gpu_costs(chosen, own[-1])
+    lines = [f"GPU: {named}, driver {gpu.driver}; steps measured on {own[-1]['started'][:10]}."]
+    lines += costs.round({"s/step": 3, "hours each": 1, "hours": 1, "GB": 1}).to_string(
+        index=False, na_rep="not measured"
+    ).splitlines()
+    most, hours, unknown = costs["GB"].max(), costs["hours"].sum(), costs["hours"].isna().sum()
+    fits = "fits" if most < gpu.gigabytes else "does not fit: see -p chunk and -p precision"
+    more = f" and {unknown} rows that were not measured" * bool(unknown)
+    lines.append(f"In all {hours:.1f} h on one such GPU{more}, reading and testing not counted.")
+    return [*lines, f"Memory: {most:.1f} GB at most of {gpu.gigabytes:.0f} GB: it {fits}."]
 
 # %% ../nbs/26_grid.ipynb #97dfa271
 def last_error(notebook: Path | str) -> tuple[str, str]:

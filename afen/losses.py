@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLAMP', 'full_precision', 'pairwise_distances', 'masked_softmax', 'weighted_distances', 'soft_margin',
            'weighted_regularized_triplet', 'identity_loss', 'batch_hard_triplet', 'intra_modality_triplet',
-           'identity_centres', 'leaky_softmax', 'on_host', 'check_labels', 'check_batch']
+           'identity_centres', 'mean_over_identities', 'leaky_softmax', 'on_host', 'check_labels', 'check_batch']
 
 # %% ../nbs/13_losses.ipynb #f2f03d39
 from collections.abc import Callable
@@ -172,11 +172,21 @@ def intra_modality_triplet(
 def identity_centres(
     features: Tensor,  # [N, D]
     labels: Tensor,  # [N] identities
-) -> tuple[Tensor, Tensor]:
-    """The identities [P], ascending, and the mean feature of each [P, D]."""
-    identities = labels.unique()
-    member = (identities[:, None] == labels).to(features.dtype)  # [P, N]
-    return identities, member @ features / member.sum(dim=1, keepdim=True)
+    of: Tensor,  # [M] identities whose centres are wanted, each in `labels`
+) -> Tensor:
+    """The mean feature of each identity in `of`: [M, D]."""
+    member = (of[:, None] == labels).to(features.dtype)  # [M, N]
+    return member @ features / member.sum(dim=1, keepdim=True)
+
+
+def mean_over_identities(
+    values: Tensor,  # [N], equal for images of one identity
+    labels: Tensor,  # [N] identities
+) -> Tensor:
+    """The mean of the identities' values, Eq. (G); scalar."""
+    count = (labels[:, None] == labels).sum(dim=1)  # [N] K
+    weights = count.to(values.dtype).reciprocal()
+    return (values * weights).sum() / weights.sum()
 
 # %% ../nbs/13_losses.ipynb #25f068b2
 def leaky_softmax(

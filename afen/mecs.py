@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'POOLS', 'READINGS', 'average_pool', 'maximum_pool', 'lower_median', 'median_pool', 'zero_median_share',
-           'shared_mlp', 'channel_gate', 'ChannelAttention', 'strip_convolutions', 'MultiScale', 'SpatialAttention',
+           'shared_mlp', 'channel_gate', 'ChannelAttention', 'scale_convolutions', 'MultiScale', 'SpatialAttention',
            'MECS', 'from_reading']
 
 # %% ../nbs/11_mecs.ipynb #9bceef0a
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .blocks import JOINS, Join, check_map, check_options, check_subset, depthwise
+from .blocks import JOINS, Join, check_map, check_options, check_subset
+from .blocks import depthwise, start_at_zero
 from .core import nearest
 
 # %% ../nbs/11_mecs.ipynb #ad3332da
@@ -24,6 +25,7 @@ OPTIONS = {
     "median": ("lower", "mean"),  # M4
     "median_impl": ("torch", "sort"),  # M5
     "base": ("depthwise", "full"),  # M7
+    "kernels": ("strips", "squares"),  # M8
     "layout": ("parallel", "chained"),  # M8
     "extra": ("none", "base", "input"),  # M9
     "projection": ("single", "tied", "untied"),  # M10
@@ -149,17 +151,22 @@ class ChannelAttention(nn.Module):
         return self.attention(F) * F  # Eq. (2)
 
 # %% ../nbs/11_mecs.ipynb #7e69a3a0
-def strip_convolutions(
+def scale_convolutions(
     channels: int,  # C
     strips: Sequence[int] = (7, 11, 21),  # taps, odd (M8)
+    kernels: str = "strips",  # or "squares" (M8)
     layout: str = "parallel",  # or "chained" (M8)
 ) -> nn.ModuleList:
-    """The D_i of Eq. (3): two for each strip, or one pair in a chain.
+    """The D_i of Eq. (3): for each number of taps two strips, their chain, or a square.
 
-    Raises ValueError for an empty list and for an even strip.
+    Raises ValueError for an empty list, for an even strip, and for squares in a chain.
     """
     if not strips:
         raise ValueError("strips is empty: give at least one odd number of taps.")
+    if kernels == "squares":
+        if layout == "chained":
+            raise ValueError("Squares cannot be chained: use layout='parallel'.")
+        return nn.ModuleList(depthwise(channels, k) for k in strips)
     pairs = [(depthwise(channels, (1, k)), depthwise(channels, (k, 1))) for k in strips]
     if layout == "chained":
         return nn.ModuleList(nn.Sequential(*pair) for pair in pairs)
@@ -167,9 +174,9 @@ def strip_convolutions(
 
 # %% ../nbs/11_mecs.ipynb #519199f2
 class MultiScale(nn.Module):
-    """F_s of Eq. (3): depthwise strips over a 5x5 convolution, [B, C, H, W].
+    """F_s of Eq. (3): depthwise convolutions over a 5x5, [B, C, H, W].
 
-    Raises ValueError for an option that is not known and for an even kernel.
+    Raises ValueError for an option that is not known and what `scale_convolutions` does.
     """
 
     def __init__(
@@ -177,18 +184,19 @@ class MultiScale(nn.Module):
         channels: int,  # C
         base: str = "depthwise",  # the 5x5: "depthwise" or "full" (M7)
         strips: Sequence[int] = (7, 11, 21),  # taps, odd (M8)
+        kernels: str = "strips",  # or "squares" (M8)
         layout: str = "parallel",  # "parallel" or "chained" (M8)
         extra: str = "none",  # also summed: "none", "base", "input" (M9)
     ) -> None:
         super().__init__()
-        check_options(OPTIONS, base=base, layout=layout, extra=extra)
+        check_options(OPTIONS, base=base, kernels=kernels, layout=layout, extra=extra)
         full = base == "full"
         self.base = (
             nn.Conv2d(channels, channels, 5, padding=2)
             if full
             else depthwise(channels, 5)
         )
-        self.strips = strip_convolutions(channels, strips, layout)
+        self.strips = scale_convolutions(channels, strips, kernels, layout)
         self.extra = extra
 
     def forward(self, F: Tensor) -> Tensor:
@@ -204,7 +212,7 @@ class SpatialAttention(nn.Module):
         self,
         channels: int,  # C
         squash: bool = False,  # a sigmoid on the attention map (M11)
-        **scales: Any,  # switches of MultiScale: base, strips, layout, extra
+        **scales: Any,  # switches of MultiScale: base, strips, kernels, layout, extra
     ) -> None:
         super().__init__()
         self.scales = MultiScale(channels, **scales)
@@ -223,8 +231,9 @@ class SpatialAttention(nn.Module):
 class MECS(nn.Module):
     """Median-enhanced channel and spatial attention, Eqs. (1) to (4), [B, C, H, W].
 
-    Raises ValueError for an option that is not known and for a map that is not
-    [B, channels, H, W]. Sources of the defaults: the table in notebook 11.
+    Raises ValueError for an option that is not known, for a start at zero that nothing
+    can leave or that is none, and for a map that is not [B, channels, H, W]. Sources of
+    the defaults: the table in notebook 11.
     """
 
     def __init__(
@@ -236,11 +245,12 @@ class MECS(nn.Module):
         median_impl: str = "torch",  # or "sort", deterministic on any device (M5)
         base: str = "depthwise",  # the 5x5, or "full" (M7)
         strips: Sequence[int] = (7, 11, 21),  # taps of the strips, odd (M8)
+        kernels: str = "strips",  # or "squares", k x k for each number of taps (M8)
         layout: str = "parallel",  # or "chained" (M8)
         extra: str = "none",  # or "base", "input": also in the sum of Eq. (3) (M9)
         projection: str = "single",  # or "tied", "untied": 1x1 convolutions (M10)
         squash: bool = False,  # a sigmoid on the spatial map (M11)
-        join: str = "residual_zero",  # or "residual", "replace" (M13)
+        join: str = "residual_zero",  # one of JOINS (M13)
         pools: Sequence[str] = POOLS,  # statistics of Eq. (1), for the ablation
     ) -> None:
         super().__init__()
@@ -249,12 +259,29 @@ class MECS(nn.Module):
         self.channel = ChannelAttention(
             channels, reduction, pools, gate, median, median_impl
         )
-        scales = {"base": base, "strips": strips, "layout": layout, "extra": extra}
+        scales = {"base": base, "strips": strips, "kernels": kernels}
+        scales |= {"layout": layout, "extra": extra}
         self.spatial = SpatialAttention(channels, squash, **scales)
         if projection == "untied":
             self.before = nn.Conv2d(channels, channels, 1)
             self.after = nn.Conv2d(channels, channels, 1)
         self.join = Join(join)
+        if join == "zero_projection":
+            start_at_zero(self.last_projection())
+
+    def last_projection(self) -> nn.Conv2d:
+        """The 1x1 that is zero at first under `join="zero_projection"`.
+
+        Raises ValueError if a zero there is for good, or changes the map.
+        """
+        if self.projection == "untied":
+            return self.after
+        if self.projection == "tied" or self.spatial.squash:
+            raise ValueError(
+                "join='zero_projection' needs a last 1x1 of its own, with no sigmoid "
+                "behind it: use projection='untied', or another join."
+            )
+        return self.spatial.point
 
     def update(self, F: Tensor) -> Tensor:
         """F'' of Eq. (4), between the origin's outer projections if they are on."""
@@ -274,6 +301,9 @@ READINGS = {
     "paper": {"projection": "single", "join": "residual_zero"},
     "paper_bare": {"projection": "single", "join": "replace"},
     "origin": {"projection": "tied", "join": "replace"},
+    "diagram": {
+        "projection": "untied", "extra": "input", "squash": True, "join": "replace"
+    },
 }
 
 # %% ../nbs/11_mecs.ipynb #c6e3837a

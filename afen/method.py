@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 import afen.methods
@@ -34,6 +35,7 @@ class Recipe:
     optimiser: str = "sgd"  # "sgd" (P), "adam" or "adamw" (peers)
     lr: float = 0.1  # of the head; see backbone_lr (P)
     backbone_lr: float = 0.1  # times lr, for all but neck and classifier (C)
+    module_lr: float | None = None  # times lr, for inserted modules; as backbone_lr if None
     momentum: float = 0.9  # (P)
     nesterov: bool = True  # (C)
     weight_decay: float = 5e-4  # (P)
@@ -83,7 +85,7 @@ def check_modality(word: Any) -> None:
             f'Modality "{word}" is not visible or infrared: use one of these two words.'
         )
 
-
+# %% ../nbs/14_method.ipynb #943a74ae
 class Method(nn.Module):
     """A row of Table 1. Subclasses build their network and fill in the verbs."""
 
@@ -95,6 +97,7 @@ class Method(nn.Module):
     dataset_recipes: ClassVar[dict[str, tuple[Recipe, dict[str, Any]]]] = {}  # see `configuration`
     needs_joints: ClassVar[bool] = False  # whether training reads a batch's joints
     draws: ClassVar[int] = 1  # the sampler's batches in one step
+    inserted: ClassVar[tuple[type[nn.Module], ...]] = ()  # kinds that learn at `module_lr`
     weighted_triplet: ClassVar[bool] = False  # whether `losses` weighs triplets as AGW does
 
     def __init__(
@@ -107,35 +110,54 @@ class Method(nn.Module):
         check = check_parameters({**self.defaults, **(options or {})}, self.switches)
         self.n_identities, self.recipe, self.options = n_identities, recipe, check
 
-    @classmethod
-    def configuration(cls, preset: str, dataset: str) -> tuple[Recipe, dict[str, Any]]:
-        """Recipe and switches; for preset "paper" a data set may have its own."""
-        recipe, changes = cls.recipes[preset], {}
-        if preset == "paper":
-            recipe, changes = cls.dataset_recipes.get(dataset, (recipe, changes))
-        return recipe, {**cls.defaults, **changes}
+# %% ../nbs/14_method.ipynb #bc1a0eed
+@patch(cls_method=True)
+def configuration(cls: Method, preset: str, dataset: str) -> tuple[Recipe, dict[str, Any]]:
+    """Recipe and switches; for preset "paper" a data set may have its own."""
+    recipe, changes = cls.recipes[preset], {}
+    if preset == "paper":
+        recipe, changes = cls.dataset_recipes.get(dataset, (recipe, changes))
+    return recipe, {**cls.defaults, **changes}
 
-    def losses(self, batch: Any, epoch: int) -> dict[str, Tensor]:
-        """Named scalar losses of a `batches.Batch`; training minimises their sum."""
-        raise NotImplementedError
+# %% ../nbs/14_method.ipynb #fb0cb615
+@patch
+def losses(self: Method, batch: Any, epoch: int) -> dict[str, Tensor]:
+    """Named scalar losses of a `batches.Batch`; training minimises their sum."""
+    raise NotImplementedError
 
-    def embed(self, images: Tensor, modality: str) -> Tensor:
-        """Unit features [B, D] of raw images [B, 3, H, W] (uint8) of a modality.
 
-        Raises ValueError for another word than "visible" and "infrared".
-        """
-        raise NotImplementedError
+@patch
+def embed(self: Method, images: Tensor, modality: str) -> Tensor:
+    """Unit features [B, D] of raw images [B, 3, H, W] (uint8) of a modality.
 
-    def forward(self, images: Tensor, modality: str) -> Tensor:
-        """`embed`, for tools that call a network: export, compilation, counters."""
-        return self.embed(images, modality)
+    Raises ValueError for another word than "visible" and "infrared".
+    """
+    raise NotImplementedError
 
-    def begin_epoch(self, epoch: int, sweep: Iterable[Any]) -> None:
-        """Called before each epoch; `sweep` yields batches of all training images."""
 
-    def head_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that learn at the full rate; all others at `backbone_lr`."""
-        return iter(())
+@patch
+def forward(self: Method, images: Tensor, modality: str) -> Tensor:
+    """`embed`, for tools that call a network: export, compilation, counters."""
+    return self.embed(images, modality)
+
+# %% ../nbs/14_method.ipynb #535c8026
+@patch
+def begin_epoch(self: Method, epoch: int, sweep: Iterable[Any]) -> None:
+    """Called before each epoch; `sweep` yields batches of all training images."""
+
+
+@patch
+def head_parameters(self: Method) -> Iterator[nn.Parameter]:
+    """The parameters that learn at the full rate; all others at `backbone_lr`."""
+    return iter(())
+
+
+@patch
+def module_parameters(self: Method) -> Iterator[nn.Parameter]:
+    """Those of the modules inserted into the backbone, none of them pretrained."""
+    for module in self.modules():
+        if isinstance(module, self.inserted):
+            yield from module.parameters()
 
 # %% ../nbs/14_method.ipynb #0a3c96f2
 ALIASES = {"x-modality": "xmodal", "xiv": "xmodal"}  # as papers call a row

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPECTRA', 'CAMERAS', 'LAYOUTS', 'VERSION', 'POCKET_SETS', 'Difficulty', 'Shape', 'Material', 'Person',
            'sample_person', 'Pose', 'Part', 'Ellipsoids', 'Surface', 'Camera', 'Room', 'Moment', 'Sensor', 'render',
-           'reference_sheet', 'check_reference', 'TreeSpec', 'Shot', 'is_rendered', 'write_tree', 'pocket_root',
+           'reference_sheet', 'check_reference', 'TreeSpec', 'Shot', 'has_rendered_mark', 'write_tree', 'pocket_root',
            'render_set']
 
 # %% ../nbs/01_people.ipynb #cff28fe4
@@ -419,8 +419,8 @@ def _solve(
     b = bx * x + by * y  # [h, w]
     h = b * b - a * (Bxx * x * x + 2 * Bxy * x * y + Byy * y * y - 1)  # Eq. (2)
     zeta = (-b + np.sqrt(np.maximum(h, 0))) / a
-    inside = ux * x + uy * y + uz * zeta <= body.keep[k] * radius
-    return zeta + cz, (h > 0) & inside
+    on_body = ux * x + uy * y + uz * zeta <= body.keep[k] * radius
+    return zeta + cz, (h > 0) & on_body
 
 # %% ../nbs/01_people.ipynb #597ca9d9
 def _rotation(yaw: float, pitch: float) -> np.ndarray:
@@ -756,10 +756,10 @@ def _to_pixels(
     columns = (joints[:, 0] - x[0]) / step + 0.5
     rows = (y[0] - joints[:, 1]) / step + 0.5
     i, j = np.floor(rows).astype(int), np.floor(columns).astype(int)
-    inside = (i >= 0) & (i < len(y)) & (j >= 0) & (j < len(x))
+    on_image = (i >= 0) & (i < len(y)) & (j >= 0) & (j < len(x))
     i, j = i.clip(0, len(y) - 1), j.clip(0, len(x) - 1)
     near = depth[i, j] <= joints[:, 2] + 0.11
-    visible = inside & near & ~hidden[i, j]
+    visible = on_image & near & ~hidden[i, j]
     return np.stack([columns / 2, rows / 2, visible], axis=1)
 
 # %% ../nbs/01_people.ipynb #2ff7c322
@@ -895,11 +895,11 @@ def _passes_sysu(spec: TreeSpec, identity: int) -> list[Camera]:
     """The cameras that see an identity; the first of each group passes them all."""
     upstairs, *others = keyed_rng("passes", spec.seed, identity).random(5)
     first = identity in [group[0] for group in _groups_sysu(spec).values() if group]
-    seen = {1: upstairs < 0.6, 2: upstairs < 0.6}
-    seen |= {n: u < 0.97 for n, u in zip((3, 4, 5, 6), others)}
-    seen[4] |= not (seen[1] or seen[5])
-    seen[6] |= not seen[3]
-    return [camera for camera in _SYSU if first or seen[camera.number]]
+    passes = {1: upstairs < 0.6, 2: upstairs < 0.6}
+    passes |= {n: u < 0.97 for n, u in zip((3, 4, 5, 6), others)}
+    passes[4] |= not (passes[1] or passes[5])
+    passes[6] |= not passes[3]
+    return [camera for camera in _SYSU if first or passes[camera.number]]
 
 # %% ../nbs/01_people.ipynb #3323c29a
 def _view(camera: Camera, n: int) -> int:
@@ -968,8 +968,8 @@ def _index_regdb(spec: TreeSpec, shots: Sequence[Shot]) -> dict[str, bytes]:
         halves = {"train": order[: spec.n_train], "test": order[spec.n_train :]}
         for half, identities in halves.items():
             for name in ("visible", "thermal"):
-                seen = [s for s in shots if s.camera.spectrum == name]
-                content = _lines(seen, sorted(identities.tolist()))
+                chosen = [s for s in shots if s.camera.spectrum == name]
+                content = _lines(chosen, sorted(identities.tolist()))
                 index[f"idx/{half}_{name}_{trial}.txt"] = content
     return index
 
@@ -1017,8 +1017,8 @@ def _index_llcm(spec: TreeSpec, shots: Sequence[Shot]) -> dict[str, bytes]:
     train, test = spec.identities[: spec.n_train], spec.identities[spec.n_train :]
     index = {"idx/test_id.txt": (",".join(map(str, test)) + "\n").encode()}
     for kind in ("vis", "nir"):
-        seen = [s for s in shots if s.path.startswith(f"train_{kind}/")]
-        index[f"idx/train_{kind}.txt"] = _lines(seen, train)
+        chosen = [s for s in shots if s.path.startswith(f"train_{kind}/")]
+        index[f"idx/train_{kind}.txt"] = _lines(chosen, train)
     return index
 
 
@@ -1064,7 +1064,7 @@ def _mark(spec: TreeSpec) -> dict[str, Any]:
     return what | {"digest": digest(what)}
 
 
-def is_rendered(root: Path | str) -> bool:
+def has_rendered_mark(root: Path | str) -> bool:
     """Whether the renderer's own mark, undamaged, is at the root of a tree."""
     try:
         mark = json.loads((Path(root) / _MARK).read_text())

@@ -10,7 +10,7 @@ __all__ = ['Row', 'Tables', 'NOISE', 'BANDS', 'DEAD', 'N_BATCHES', 'PARTNERS', '
            'spectrum_rows', 'mmd', 'modality_gap', 'gap', 'pooled_ends', 'fifths', 'pair_weights', 'pair_gradients',
            'hardness_rows', 'anchor_row', 'training_distances', 'hardness', 'partner', 'elsewhere', 'no_transfer',
            'transfer', 'check_probe', 'tidy', 'probe', 'probes_folder', 'to_text', 'write_probe', 'load_probes',
-           'probe_table', 'main']
+           'read_probe', 'probe_table', 'main']
 
 # %% ../nbs/28_probes.ipynb #e4ae0e2a
 import argparse
@@ -95,6 +95,7 @@ class Subject:
 
     run: TrainedRun
     data: Data
+    start: Path | str | None = None  # the file that training started from, if from one
 
     @property
     def trained(self) -> Method:
@@ -104,7 +105,7 @@ class Subject:
     @cached_property
     def initial(self) -> Method:
         """The network before the first step. Errors as `initial_network`."""
-        return initial_network(self.run)
+        return initial_network(self.run, self.start)
 
     def embed(self, images: Any) -> np.ndarray:
         """Unit features [N, D] of all test images, or of a noisy copy of them."""
@@ -128,10 +129,11 @@ def open_subject(
     folder: Path | str,  # of a finished run
     root: str | None = None,  # where the data set is; data/<name> if None
     device: str = "auto",
+    start: Path | str | None = None,  # the file that training started from, if from one
 ) -> Subject:
     """Open a run with its data. Errors as `open_run` and `run_data`."""
     run = open_run(folder, device)
-    return Subject(run, run_data(run, root))
+    return Subject(run, run_data(run, root), start)
 
 
 Row = dict[str, Any]  # of a table: words and numbers
@@ -712,10 +714,15 @@ def probe(
     folder: Path | str,  # a finished run's
     root: str | None = None,  # where the data set is; data/<name> if None
     device: str = "auto",
+    start: Path | str | None = None,  # the file that training started from, if from one
 ) -> dict[str, Any]:
-    """Measure a run's network; the sealed probe. Errors as `open_subject`."""
+    """Measure a run's network; the sealed probe.
+
+    Errors as `open_subject` and, before anything is measured, `initial_network`.
+    """
     begun = time.perf_counter()
-    subject = open_subject(folder, root, device)
+    subject = open_subject(folder, root, device, start)
+    subject.initial  # its file is asked for at once
     record = subject.run.record
     tables: Tables = {}
     for measure in MEASURES:
@@ -765,11 +772,19 @@ def load_probes(
     folder: Path | str | None = None,  # data/records/probes if None
 ) -> list[dict[str, Any]]:
     """All kept probes, checked, in the order of their runs' names."""
-    probes = []
-    for path in sorted(Path(folder or probes_folder()).glob("*.json")):
-        probes.append(json.loads(path.read_text()))
-        check_probe(probes[-1])
-    return probes
+    return [read_probe(p) for p in sorted(Path(folder or probes_folder()).glob("*.json"))]
+
+
+def read_probe(path: Path) -> dict[str, Any]:
+    """Read and check a probe; ValueError if it was edited or is none."""
+    try:
+        probe = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        raise ValueError(f"Probe {path} is not JSON in UTF-8: take it again.") from None
+    if not isinstance(probe, dict):
+        raise ValueError(f"Probe {path} is no JSON object: take it again.")
+    check_probe(probe)
+    return probe
 
 
 def probe_table(
@@ -793,10 +808,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--root", help="folder of the data set, if not data/<name>")
     parser.add_argument("--out", help="where probes go, if not data/records/probes")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--start", help="weights file that training started from, if any")
     given = parser.parse_args(words)
     for run in given.runs:
         try:
-            kept = probe(run, given.root, given.device)
+            kept = probe(run, given.root, given.device, given.start)
         except (ValueError, FileNotFoundError) as error:
             parser.exit(1, f"{error}\n")
         path = write_probe(kept, given.out)

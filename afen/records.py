@@ -59,7 +59,7 @@ def run_status(
     """The status of a run that finished: "smoke", "partial" or "full"."""
     if rendered or dataset.startswith("pocket-"):
         return "smoke"
-    whole = preset == "paper" and dataset != "folder" and not list(reduced)
+    whole = preset in ("paper", "text") and dataset != "folder" and not list(reduced)
     return "full" if whole else "partial"
 
 # %% ../nbs/22_records.ipynb #88b2f92f

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATASET_TITLES', 'SETTING_TITLES', 'METRIC_TITLES', 'CELL', 'TOLERANCE', 'NEEDED', 'VERDICTS', 'PROTOCOL',
-           'NO_ACCESS', 'NOT_YET', 'OTHER_RECIPE', 'NONE_OF_ROW', 'STANDING', 'COLUMNS', 'Cell', 'DRAWS', 'FEWEST',
-           'published', 'departures', 'verdict', 'is_rendered', 'real_records', 'check_entry', 'recipe_of',
+           'NO_ACCESS', 'NOT_YET', 'OTHER_RECIPE', 'NONE_OF_ROW', 'STANDING', 'TABLE_COLUMNS', 'Cell', 'DRAWS',
+           'FEWEST', 'published', 'departures', 'verdict', 'is_rendered', 'real_records', 'check_entry', 'recipe_of',
            'row_records', 'over_splits', 'cell_result', 'table1', 'row_verdicts', 'outcome', 'number', 'plus_minus',
            'wide_table', 'missing_reasons', 'notes', 'markdown', 'flat_table', 'table1_markdown', 'tex', 'table1_tex',
            'sortable', 'table1_html', 'save_table1', 'write_text', 'bootstrap_interval', 'Comparison', 'compare',
@@ -159,15 +159,12 @@ def row_records(
 ) -> list[Mapping[str, Any]]:
     """The row's own runs; without one, finished runs of other recipes, as partial.
 
-    Runs that differ from the planned ones in precision alone are the row's own, if there
-    are no others: a machine may lack the planned one.
+    The precision is a part of the recipe, so that a run in another one is of another.
     """
-    records, row_parameters = list(records), list(row_parameters)
-    for free in ({}, {"precision": None}):
-        recipes = {recipe_of({**run, **free}) for run in row_parameters}
-        of_row = [r for r in records if recipe_of(r["parameters"] | free) in recipes]
-        if of_row:
-            return of_row
+    records, recipes = list(records), {recipe_of(run) for run in row_parameters}
+    of_row = [r for r in records if recipe_of(r["parameters"]) in recipes]
+    if of_row:
+        return of_row
     worth = {"full": "partial"}
     return [
         {**record, "status": worth.get(record["status"], record["status"])}
@@ -249,11 +246,11 @@ def table1(
     rows = [_row(cell, runs, at_hand) for cell in cells]
     names = {f"{name}": f"original_{name}" for name in ("decimals", "source", "read")}
     other = departures().rename(columns=names).drop(columns="value")
-    return pd.DataFrame(rows, columns=COLUMNS).merge(other, on=CELL, how="left")
+    return pd.DataFrame(rows, columns=TABLE_COLUMNS).merge(other, on=CELL, how="left")
 
 
-COLUMNS = [*CELL, "title", "paper", "source", "mean", "std", "n", "over", "seeds"]
-COLUMNS += ["difference", "verdict", "status", "reason", "id"]
+TABLE_COLUMNS = [*CELL, "title", "paper", "source", "mean", "std", "n", "over", "seeds"]
+TABLE_COLUMNS += ["difference", "verdict", "status", "reason", "id"]
 
 
 def _row(

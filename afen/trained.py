@@ -65,7 +65,7 @@ def read_weights(path: Path, run: str) -> dict[str, Tensor]:
         )
     return weights
 
-
+# %% ../nbs/27_trained.ipynb #6f49de1f
 def load_weights(
     network: Method,  # its weights are replaced
     path: Path,  # a run's weights.safetensors
@@ -119,7 +119,7 @@ class TrainedRun:
         flip = self.plan.recipe.flip
         return embed(self.network, images, modality, flip, device=self.device)
 
-
+# %% ../nbs/27_trained.ipynb #178646dd
 def open_run(
     folder: Path | str,  # of a finished run, with record.json and weights.safetensors
     device: str = "auto",

@@ -9,7 +9,8 @@ __all__ = ['PRECISIONS', 'EARLY', 'AT_ONCE', 'SPREAD', 'AMPERE', 'lr_factor', 'p
            'seconds_per_step', 'kept_state', 'estimate', 'saved_bytes', 'memory_of_step', 'memory_words', 'health',
            'train_epoch', 'save_checkpoint', 'path_before', 'append_checksum', 'circumstances', 'changed_circumstances',
            'load_checkpoint', 'prepare_device', 'compiled_parts', 'compile_method', 'check_compiler', 'Run',
-           'progress_bar', 'EpochBar', 'embed', 'check_finite', 'collapse', 'check_precision', 'precision_words']
+           'progress_bar', 'EpochBar', 'embed', 'unit_features', 'at_once', 'check_words', 'check_finite', 'collapse',
+           'check_precision', 'precision_words']
 
 # %% ../nbs/21_training.ipynb #08cf3b5a
 import math
@@ -20,7 +21,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,13 @@ from afen.core import (
 from .backbone import MODALITIES, DualResNet, Head, first_difference
 from .losses import check_batch, check_labels
 from .method import Method, Recipe, check_modality
+from afen.ranks import (
+    average_gradients,
+    check_processes,
+    is_first,
+    processes,
+    synchronise,
+)
 
 # %% ../nbs/21_training.ipynb #35bfee57
 def lr_factor(
@@ -84,15 +91,20 @@ def _cosine(recipe: Recipe, epoch: int, floor: float) -> float:
 
 # %% ../nbs/21_training.ipynb #479374c4
 def parameter_groups(method: Method) -> list[dict[str, Any]]:
-    """Two optimiser groups, each with its `share` of the learning rate."""
-    head = {id(p) for p in method.head_parameters()}
+    """Optimiser groups, each with its `share` of the learning rate.
+
+    Head and backbone, and inserted modules if the recipe has a rate for them.
+    """
+    recipe, head = method.recipe, {id(p) for p in method.head_parameters()}
+    own = recipe.module_lr is not None
+    modules = {id(p) for p in method.module_parameters()} - head if own else set()
     learning = [p for p in method.parameters() if p.requires_grad]
+    shares = [(head, 1.0)]
+    shares.append(({id(p) for p in learning} - head - modules, recipe.backbone_lr))
+    shares.append((modules, recipe.module_lr))
     groups = [
-        {"params": [p for p in learning if id(p) in head], "share": 1.0},
-        {
-            "params": [p for p in learning if id(p) not in head],
-            "share": method.recipe.backbone_lr,
-        },
+        {"params": [p for p in learning if id(p) in chosen], "share": share}
+        for chosen, share in shares
     ]
     return [group for group in groups if group["params"]]
 
@@ -190,6 +202,7 @@ def train_step(
         losses = backward_in_chunks(method, batch, precision, scaler, chunk)
     else:
         losses = backward(method, batch, epoch, precision, scaler)
+    average_gradients(method.parameters())
     if method.recipe.clip:
         scaler.unscale_(optimiser)
         torch.nn.utils.clip_grad_norm_(method.parameters(), method.recipe.clip)
@@ -483,6 +496,7 @@ def circumstances() -> dict[str, str]:
         "code": digest(*sources)[:8],
         "torch": str(torch.__version__),
         "threads": str(torch.get_num_threads()),
+        "processes": str(processes()),
     }
 
 
@@ -590,9 +604,11 @@ class Run:
         compiled: bool = False,  # whether torch.compile makes the network's code
     ):
         check_chunk(type(method), chunk)
+        check_processes(processes(), method.recipe.identities, chunk, compiled)
         prepare_device(device)
         self.chunk, self.compiled = chunk, compiled
         self.watch: tuple[int, Callable[[], dict[str, float]]] | None = None
+        self.log: Callable[[dict[str, float]], None] | None = None  # given each epoch's row
         self.table, self.packed, self.seed, self.device = table, packed, seed, device
         self.method = method.to(device, memory_format=torch.channels_last)
         self.sampler = make_sampler(table, method.recipe, seed, method.draws)
@@ -608,7 +624,8 @@ class Run:
         saved = self._saved() if resume else None
         if saved:
             self._restore(saved)
-        else:
+        synchronise(self.method)
+        if not saved:
             self.seconds = self.measure()
 
 # %% ../nbs/21_training.ipynb #b90672c0
@@ -622,13 +639,17 @@ def _check_labels(self: Run) -> None:
 # %% ../nbs/21_training.ipynb #cf3d883b
 @patch
 def memory(self: Run) -> dict[str, int]:
-    """What a step needs, `memory_of_step` on batches of two identities."""
-    recipe, small = self.method.recipe, []
-    for images in (2, 4):
-        few = replace(recipe, identities=2, images=images)
-        sampler = make_sampler(self.table, few, self.seed, self.method.draws)
-        stream = batches(self.packed, self.table, sampler, 0, 0, self.device, self.seed)
-        small.append(next(stream))
+    """What a step needs of each device, `memory_of_step` on batches of few identities."""
+    recipe, small, few = self.method.recipe, [], max(2, processes())
+    drawn = [
+        rows.reshape(self.method.draws, recipe.identities, recipe.images)[:, :few]
+        for rows in self.sampler.draw(0, 0)
+    ]
+    for images in (2, 4):  # an identity may have fewer: its rows are taken again
+        halves = (rows[..., np.arange(images) % recipe.images] for rows in drawn)
+        generator = torch_generator("augment", self.seed, 0, 0)
+        rows = (half.reshape(-1) for half in halves)
+        small.append(make_batch(self.packed, self.table, *rows, self.device, generator))
     whole = 2 * recipe.identities * recipe.images * self.method.draws
     share = 1.0
     if self.chunk:
@@ -726,7 +747,7 @@ class EpochBar(text_tqdm):
 @patch
 def _watched(self: Run, epoch: int) -> dict[str, float]:
     """The scores of an epoch that is watched; nothing for another."""
-    if self.watch is None or (epoch + 1) % self.watch[0]:
+    if self.watch is None or (epoch + 1) % self.watch[0] or not is_first():
         return {}
     return self.watch[1]()
 
@@ -753,6 +774,8 @@ def _one_epoch(self: Run, epoch: int, bar: Any) -> dict[str, float]:
     self.rows.append(row | self._watched(epoch))
     self.epoch = epoch + 1
     self._save()
+    if self.log:
+        self.log(self.rows[-1])
     return self.rows[-1]
 
 # %% ../nbs/21_training.ipynb #083ebc8c
@@ -771,7 +794,7 @@ def _set_scale(self: Run, state: dict[str, Any]) -> None:
 @patch
 def _save(self: Run) -> None:
     """Leave the checkpoint and the metrics in the folder."""
-    if self.folder is None:
+    if self.folder is None or not is_first():
         return
     with atomic_path(self.folder / "metrics.csv") as draft:
         pd.DataFrame(self.rows).to_csv(draft, index=False)
@@ -797,12 +820,15 @@ def _saved(self: Run) -> dict[str, Any] | None:
 @patch
 def _restore(self: Run, state: dict[str, Any]) -> None:
     """Go back to where a checkpoint stood; ValueError if other code wrote it."""
-    if words := first_difference(self.method.state_dict(), state["method"]):
+    saved = state.pop("method")
+    try:
+        self.method.load_state_dict(saved)  # DART's confidences take their size here
+    except (RuntimeError, KeyError) as error:
+        words = first_difference(self.method.state_dict(), saved)
         raise ValueError(
             f"The checkpoint in {self.folder} does not fit the method's network: {words}. "
             "Use the code that wrote it, or -p resume False to start again."
-        )
-    self.method.load_state_dict(state.pop("method"))
+        ) from error
     self.optimiser.load_state_dict(state.pop("optimiser"))
     for name, value in state.items():
         setattr(self, name, value)
@@ -824,30 +850,44 @@ def embed(
     Raises ValueError for a word that is no modality or for another number of words than
     of images, FloatingPointError when the network gives no numbers.
     """
+    words, units, order = np.asarray(modality), [], []
+    check_words(words, len(packed))
     method.eval()
-    units, order, words = [], [], np.asarray(modality)
-    if not 0 < len(words) == len(packed):
-        raise ValueError(
-            f"There are {len(packed)} images and {len(words)} modalities: give at least "
-            "one image, and one word per image."
-        )
-    for word in pd.unique(words):
-        check_modality(word)
     for name in MODALITIES:
-        rows = np.flatnonzero(words == name)
-        if len(rows) == 0:  # crops of one camera
-            continue
-        for part in np.array_split(rows, math.ceil(len(rows) / AT_ONCE)):
-            images = packed.batch(part, device)
-            views = [images, images.flip(3)] if flip else [images]
-            mean = sum(method.embed(view, name).float() for view in views)
-            units.append(F.normalize(mean))  # on the device: fetched once
-            order.append(part)
-    features = torch.cat(units).cpu().numpy()[np.concatenate(order).argsort()]
+        for rows in at_once(words == name):
+            images = packed.batch(rows, device)
+            units.append(unit_features(method, images, name, flip))
+            order.append(rows)
+    features = torch.cat(units).cpu().numpy()  # fetched from the device once
+    features = features[np.concatenate(order).argsort()]
     check_finite(features)
     return features
 
+
+def unit_features(method: Method, images: Tensor, modality: str, flip: bool) -> Tensor:
+    """Unit features [B, D] of a batch, averaged with those of its mirror if `flip`."""
+    views = [images, images.flip(3)] if flip else [images]
+    return F.normalize(sum(method.embed(view, modality).float() for view in views))
+
+
+def at_once(chosen: np.ndarray) -> list[np.ndarray]:
+    """The rows that are chosen (bool [N]), in parts that are embedded together."""
+    rows = np.flatnonzero(chosen)
+    n = math.ceil(len(rows) / AT_ONCE)
+    return np.array_split(rows, n) if n else []  # none: crops of one camera
+
 # %% ../nbs/21_training.ipynb #e92e61a9
+def check_words(words: np.ndarray, images: int) -> None:
+    """Raise ValueError unless each of so many images has the name of a modality."""
+    if not 0 < len(words) == images:
+        raise ValueError(
+            f"There are {images} images and {len(words)} modalities: give at least one "
+            "image, and one word per image."
+        )
+    for word in pd.unique(words):
+        check_modality(word)
+
+
 def check_finite(features: np.ndarray) -> None:
     """Raise FloatingPointError if the network no longer gives numbers."""
     if not np.isfinite(features).all():

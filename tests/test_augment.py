@@ -12,15 +12,16 @@ from afen.augment import (
     LUMA,
     MEAN,
     STD,
-    adapt_gray,
     channel_view,
-    copy_channel,
     denormalise,
+    draw_adaptions,
     draw_boxes,
+    draw_copies,
     draw_placement,
     erase,
     grayscale,
     infrared_view,
+    mix_channels,
     normalise,
     place,
     place_joints,
@@ -121,7 +122,7 @@ def test_joints_stay_on_their_pixel():
     placement = draw_placement(100, key(), pad=5)
     placed, moved = place(images, placement), place_joints(joints, placement, (30, 14))
     assert torch.equal(joints, before)
-    seen = 0
+    crops = 0
     for i in range(100):
         for joint, (x, y, visibility) in enumerate(moved[i]):
             other = [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15][joint]
@@ -129,8 +130,8 @@ def test_joints_stay_on_their_pixel():
             assert channel.sum() == visibility
             if visibility:
                 assert channel[int(y), int(x)] == 1
-                seen += 1
-    assert 0 < seen < 1700  # some were cut off
+                crops += 1
+    assert 0 < crops < 1700  # some were cut off
     hidden = joints * torch.tensor([1.0, 1.0, 0.0])
     assert (place_joints(hidden, placement, (30, 14))[:, :, 2] == 0).all()
 
@@ -206,6 +207,18 @@ def test_nothing_is_erased_where_no_box_fits():
 # --- colours ----------------------------------------------------------------------
 
 PIXEL = torch.tensor([1.0, 10.0, 100.0])
+
+
+def copy_channel(images, generator):
+    """The channel operation of `channel_view` alone."""
+    return mix_channels(images, *draw_copies(len(images), generator))
+
+
+def adapt_gray(images, generator):
+    """The channel operation of `infrared_view` alone."""
+    return mix_channels(images, *draw_adaptions(len(images), generator))
+
+
 OUTCOMES = torch.stack(
     [*(PIXEL[[c, c, c]] for c in range(3)), PIXEL @ torch.tensor(LUMA) * torch.ones(3)]
     + [PIXEL]
@@ -243,8 +256,8 @@ def test_copies_are_exact():
 
 def test_copying_after_normalising_changes_a_grey_image():
     grey = torch.full((30, 3, 2, 2), 0.5)
-    seen = denormalise(copy_channel(normalise(grey), key()))
-    for image in seen:
+    copied = denormalise(copy_channel(normalise(grey), key()))
+    for image in copied:
         shifts = [
             [m + s * (0.5 - MEAN[k]) / STD[k] for m, s in zip(MEAN, STD)]
             for k in range(3)
@@ -325,8 +338,8 @@ def test_views_keep_shape_and_precision(view):
         out = view(bytes_(count, height, width), key())
         assert out.shape == (count, 3, height, width) and out.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):  # a method may call a view there
-        inside = view(bytes_(), key())
-    assert torch.equal(inside, view(bytes_(), key()))
+        drawn = view(bytes_(), key())
+    assert torch.equal(drawn, view(bytes_(), key()))
 
 
 @pytest.mark.parametrize("view", [channel_view, infrared_view])

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from afen.datasets import (
     verify,
 )
 from afen.evaluation import evaluate
-from afen.people import is_rendered, write_tree
+from afen.people import has_rendered_mark, write_tree
 
 VISIBLE, INFRARED = (1, 2, 4, 5), (3, 6)
 SETTINGS = ("all-single", "all-multi", "indoor-single", "indoor-multi")
@@ -171,13 +172,13 @@ def test_regdb_asks_both_directions_of_one_table(regdb):
 
 
 def test_regdb_trial_selects_the_training_people_too(regdb):
-    seen = set()
+    drawn = set()
     for trial in range(1, 11):
         chosen = frozenset(load("regdb", regdb, trial).train.identity)
         lines = (regdb / f"idx/train_visible_{trial}.txt").read_text().splitlines()
         assert chosen == {int(line.split("/")[1]) for line in lines}
-        seen.add(chosen)
-    assert len(seen) > 1
+        drawn.add(chosen)
+    assert len(drawn) > 1
 
 
 def test_regdb_labels_are_contiguous_whatever_the_lists_say(regdb):
@@ -339,9 +340,9 @@ def test_sysu_ids_from_mat(sysu):
     for part, people in SYSU_IDS.items():
         (sysu / f"exp/{part}_id.txt").unlink()
         savemat(sysu / f"exp/{part}_id.mat", {"id": np.array([people], np.uint16)})
-    found = load("sysu", sysu)
-    pd.testing.assert_frame_equal(found.train, expected.train)
-    pd.testing.assert_frame_equal(found.test, expected.test)
+    split = load("sysu", sysu)
+    pd.testing.assert_frame_equal(split.train, expected.train)
+    pd.testing.assert_frame_equal(split.test, expected.test)
 
 
 def test_repeated_ids_do_not_repeat_images(sysu):
@@ -355,11 +356,11 @@ def test_strays_change_nothing(sysu):
     for place in [*sysu.glob("cam*"), *sysu.glob("cam*/*")]:
         for stray in ("Thumbs.db", ".DS_Store", "._0001.jpg"):
             (place / stray).touch()
-    found = load("sysu", sysu)
-    pd.testing.assert_frame_equal(found.test, expected.test)
+    split = load("sysu", sysu)
+    pd.testing.assert_frame_equal(split.test, expected.test)
     assert all(
         np.array_equal(a.gallery, b.gallery)
-        for a, b in zip(found.trials, expected.trials, strict=True)
+        for a, b in zip(split.trials, expected.trials, strict=True)
     )
 
 
@@ -1080,6 +1081,29 @@ def test_links_are_followed_but_not_in_circles(folder, tmp_path):
     assert len(listing.sizes) == 11
 
 
+def test_a_matlab_file_that_ends_a_process_is_refused(sysu, monkeypatch):
+    """scipy 1.17 may crash on one; another process tries it first."""
+    file = sysu / "exp" / "rand_perm_cam.mat"
+    killed = subprocess.CompletedProcess([], -11)
+    monkeypatch.setattr(datasets.subprocess, "run", lambda *_, **__: killed)
+    datasets._opens.cache_clear()
+    with pytest.raises(ValueError, match="rand_perm_cam.mat cannot be read as MATLAB's: copy"):
+        load("sysu", sysu, gallery="official")
+    datasets._opens.cache_clear()
+    monkeypatch.undo()
+    assert load("sysu", sysu, gallery="official") and file.is_file()
+
+
+@pytest.mark.parametrize("cell", ["left", "inf", "-inf", "", "1,5"])
+def test_joints_that_are_no_numbers_are_refused(regdb, cell):
+    paths = load("regdb", regdb).train.path
+    joints = pd.DataFrame(0.5, paths, JOINT_COLUMNS).astype({"x3": object})
+    joints.loc[paths[2], "x3"] = cell
+    joints.to_csv(regdb / "joints.csv")
+    with pytest.raises(ValueError, match=f"for x3 of {paths[2]}: it needs one row"):
+        load("regdb", regdb)
+
+
 def test_a_folder_that_may_not_be_opened(folder, monkeypatch):
     scandir = datasets.os.scandir
 
@@ -1098,7 +1122,7 @@ def test_a_folder_that_may_not_be_opened(folder, monkeypatch):
 def test_joints_do_not_make_a_set_rendered(tmp_path):
     root = write_tree("regdb", tmp_path / "tree", n_train=2, n_test=2, n_images=1, size=(16, 8))
     split = load("regdb", root)
-    assert split.rendered and is_rendered(root) and not split.departures
+    assert split.rendered and has_rendered_mark(root) and not split.departures
     mark = root / "rendered.json"
     for content in ("", "[]", "{}", mark.read_text().replace('"seed": 0', '"seed": 1')):
         mark.write_text(content)

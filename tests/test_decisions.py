@@ -143,7 +143,7 @@ def decisions():
 
 def test_the_decisions_page_is_what_log_code_and_records_give(decisions):
     pages, _ = decisions
-    assert len(pages) == 7  # the count, and six letters
+    assert len(pages) == 8  # the count, six letters, and what a recipe is worth
     now, kept = "\n".join(pages), "\n".join(committed("decisions"))
     assert now == kept, "run: python tests/run_notebooks.py decisions"
 

@@ -113,18 +113,12 @@ def step_on_meta(name, epoch, chunk=None):
 
 
 LATE = 8  # an epoch after every warm-up and first phase
-WAITS = {("dart", LATE): "nonzero", ("pmt", LATE): "unique", ("xmodal", 0): "unique"}
-WAITS |= {("xmodal", LATE): "unique"}  # what still waits, and for what
 
 
 @pytest.mark.parametrize("epoch", [0, LATE])
 @pytest.mark.parametrize("name", method_names())
 def test_a_step_asks_a_device_for_no_value(meta_autocast, name, epoch):
-    if (name, epoch) in WAITS:
-        with pytest.raises((NotImplementedError, RuntimeError), match=WAITS[name, epoch]):
-            step_on_meta(name, epoch)
-    else:
-        assert step_on_meta(name, epoch) == []
+    assert step_on_meta(name, epoch) == []
 
 
 @pytest.mark.parametrize("name", ["afen", "agw", "caj"])

@@ -71,8 +71,8 @@ def test_the_preset_alone_leads_to_real_data():
     assert len(rows) == len(grid.runs_of(rows)) == len(grid.METHODS) * (1 + 10)
     assert {job.parameters["preset"] for job in rows} == {"paper"}
     ablation = grid.jobs("paper", ["ablation"], seeds=[0, 1])
-    found = {(job.dataset, job.trial) for job in ablation if job.group is grid.CORE}
-    assert found == {("sysu", 1), *(("regdb", trial) for trial in range(1, 11))}
+    places = {(job.dataset, job.trial) for job in ablation if job.group is grid.CORE}
+    assert places == {("sysu", 1), *(("regdb", trial) for trial in range(1, 11))}
 
 
 @pytest.mark.parametrize("word", ["preset", "study"])
@@ -133,12 +133,12 @@ def test_differences_are_paired_by_seed():
         if job.label != "L_sq, released" and (job.label, job.seed) != ("WRT", 1)
     ]
     table = grid.results("ablation", "pocket-regdb", reversed(kept))
-    found = grid.differences(table[table.group == grid.LOSSES.name])
-    wrt = found[(found.label == "WRT") & (found.metric == "mAP")]
+    gaps = grid.differences(table[table.group == grid.LOSSES.name])
+    wrt = gaps[(gaps.label == "WRT") & (gaps.metric == "mAP")]
     assert wrt[wrt.seed != 1].difference.tolist() == [0.1] * 4
     assert wrt[wrt.seed == 1].difference.isna().all()
-    assert (found[found.label == grid.LOSSES.reference].difference == 0).all()
-    assert found[found.label == "L_sq, released"].difference.isna().all()
+    assert (gaps[gaps.label == grid.LOSSES.reference].difference == 0).all()
+    assert gaps[gaps.label == "L_sq, released"].difference.isna().all()
     other = grid.differences(table[table.group == grid.LOSSES.name], "WRT")
     stable = other[(other.label == "L_sq, stable") & (other.seed == 0)]
     assert (stable.difference == -0.1).all()

@@ -99,9 +99,9 @@ def test_found_joints_are_in_pixels_of_the_files(rendered, capsys):
         calls.extend(rows)
         return truth[rows].clone()
 
-    found = find_joints(packed, split.train.path, stub)
-    assert np.allclose(found, split.train[JOINT_COLUMNS], atol=1e-3)
-    assert found.index.tolist() == split.train.path.tolist()
+    table = find_joints(packed, split.train.path, stub)
+    assert np.allclose(table, split.train[JOINT_COLUMNS], atol=1e-3)
+    assert table.index.tolist() == split.train.path.tolist()
     assert set(calls) == set(range(len(packed)))
     assert f"Joints of {len(packed)} images" in capsys.readouterr().out
 

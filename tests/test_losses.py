@@ -43,9 +43,9 @@ def run(loss, features, *rest):
     return value.detach(), gradient
 
 
-def relative(found, expected):
+def relative(ours, expected):
     """Norm of the difference over the norm of what is expected."""
-    return ((found - expected).norm() / expected.norm()).item()
+    return ((ours - expected).norm() / expected.norm()).item()
 
 
 def wrt(squared=False, stable=True):
@@ -266,8 +266,8 @@ def test_alpha_sharpens_the_weights():
 @deterministic_loss
 def test_renaming_the_identities_changes_nothing(name):
     renamed = torch.tensor([31, 4, 15, 9])[LABELS]
-    found, expected = (LOSSES[name](FEATURES, labels) for labels in (renamed, LABELS))
-    torch.testing.assert_close(found, expected)
+    other, expected = (LOSSES[name](FEATURES, labels) for labels in (renamed, LABELS))
+    torch.testing.assert_close(other, expected)
 
 
 def test_renaming_identities_and_predictions_changes_no_quadruplet():

@@ -32,10 +32,20 @@ def feature_map(height: int = 18, width: int = 9) -> torch.Tensor:
     return torch.randn(2, CHANNELS, height, width, generator=generator).relu()
 
 
+def zeroed(module: nn.Module) -> dict[str, nn.Conv2d]:
+    """The layers that a module sets to zero under "zero_projection", by their names."""
+    one = isinstance(module, mecs.MECS)
+    layers = [module.last_projection()] if one else module.last_projections()
+    return {name: m for name, m in module.named_modules() if m in layers}
+
+
 def open_gate(module: nn.Module) -> nn.Module:
-    """`module` with its gain, where it has one, away from zero."""
+    """`module` with what is zero at first, its gain or its last layers, away from zero."""
     if hasattr(module.join, "gain"):
         nn.init.constant_(module.join.gain, 0.5)
+    if module.join.kind == "zero_projection":
+        for layer in zeroed(module).values():
+            nn.init.normal_(layer.weight, std=0.1)
     return module
 
 
@@ -73,6 +83,49 @@ def test_every_parameter_learns(room, reading):
         torch.optim.SGD(module.parameters(), lr=1e-3).step()
         silent = silent_parameters(module, x)
     assert silent == []
+
+
+ZERO_STARTS = [  # a last layer that is zero at first, and what is switched beside it
+    ("mecs", {}), ("mecs", {"projection": "untied"}),
+    ("mecs", {"projection": "untied", "squash": True, "extra": "input"}),
+    ("fem", {}), ("fem", {"ratio": 0}), ("fem", {"fuse": "scm"}), ("fem", {"fuse": "skip"}),
+    ("fem", {"sites": "bare", "activation": "relu"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("room, changes", ZERO_STARTS, ids=str)
+def test_zero_projection_starts_as_the_identity_and_learns_whole(room, changes):
+    module, x = build(room, "paper", join="zero_projection", **changes), feature_map()
+    assert torch.equal(module(x), x) and not hasattr(module.join, "gain")
+    names = {name for name, _ in module.named_parameters()}
+    first = {f"{layer}.{kind}" for layer in zeroed(module) for kind in ("weight", "bias")}
+    assert first <= names and set(silent_parameters(module, x)) == names - first
+    torch.optim.SGD(module.parameters(), lr=1e-2).step()
+    assert silent_parameters(module, x) == [] and not torch.allclose(module(x), x)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_zero_projection_changes_nothing_but_the_last_layers(room):
+    plain = build(room, "paper", join="residual")
+    zero = build(room, "paper", join="zero_projection")
+    layers, weights = zeroed(zero), plain.state_dict()
+    assert list(zero.state_dict()) == list(weights)
+    for name, value in zero.state_dict().items():
+        last = name.rpartition(".")[0] in layers
+        assert not value.any() if last else torch.equal(value, weights[name])
+
+
+DEAD_STARTS = [
+    ("mecs", {"projection": "tied"}, "needs a last 1x1 of its own"),
+    ("mecs", {"squash": True}, "with no sigmoid behind it"),
+    ("fem", {"activation": "relu"}, "which no gradient passes"),
+]
+
+
+@pytest.mark.parametrize("room, changes, sentence", DEAD_STARTS)
+def test_a_start_at_zero_that_cannot_work_is_refused(room, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build(room, "paper", join="zero_projection", **changes)
 
 
 @pytest.mark.parametrize("room, reading", CASES)
@@ -332,6 +385,8 @@ REFUSED = [
     ("mecs", {"pools": ()}, "give one or more of average, maximum, median"),
     ("mecs", {"strips": (7, 10)}, "kernel has no middle"),
     ("mecs", {"strips": ()}, "strips is empty"),
+    ("mecs", {"kernels": "squares", "layout": "chained"}, "Squares cannot be chained"),
+    ("mecs", {"kernels": "squares", "strips": (4,)}, "A 4x4 kernel has no middle"),
     ("mecs", {"reduction": 0}, "reduction is 0"),
     ("fem", {"branches": ("high", "middle")}, "Unknown branches 'middle'"),
     ("fem", {"branches": ()}, "give one or more of high, low"),
@@ -347,6 +402,34 @@ REFUSED = [
 def test_a_wrong_switch_is_refused_in_one_sentence(room, changes, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         build(room, "paper", **changes)
+
+
+@pytest.mark.parametrize("strips", [(7, 11, 21), (3, 5, 9)])
+def test_squares_are_one_kernel_for_each_size(strips):
+    """Parameters by hand, and the window that one position sees."""
+    module = build("mecs", "paper", kernels="squares", strips=strips)
+    sizes = [conv.kernel_size for conv in module.spatial.scales.strips]
+    assert sizes == [(k, k) for k in strips]
+    plain = build("mecs", "paper", strips=strips)
+    more = sum(CHANNELS * (k * k + 1 - 2 * (k + 1)) for k in strips)
+    assert count_parameters(module) == count_parameters(plain) + more
+    open_gate(module)
+    x = torch.zeros(1, CHANNELS, 31, 31, requires_grad=True)
+    module.spatial.scales(x)[..., 15, 15].sum().backward()
+    reach = max(strips) // 2 + 2  # the largest kernel, over the 5x5
+    inside = x.grad[0, 0, 15 - reach : 16 + reach, 15 - reach : 16 + reach]
+    assert inside.all() and x.grad[0, 0].count_nonzero() == inside.numel()
+
+
+def test_the_diagram_is_public_copies_that_claim_to_follow_one():
+    """F' in Eq. (3), a sigmoid in Eq. (4), three 1x1 convolutions, no residual."""
+    module, x = build("mecs", "diagram"), feature_map()
+    inner = nn.functional.gelu(module.before(x))
+    F1 = module.channel(inner)
+    base = module.spatial.scales.base(F1)
+    F_s = sum(strip(base) for strip in module.spatial.scales.strips) + F1
+    by_hand = module.after(module.spatial.point(F_s).sigmoid() * F1)
+    assert torch.allclose(module(x), by_hand, atol=1e-6)
 
 
 @pytest.mark.parametrize("room", ROOMS)

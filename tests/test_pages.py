@@ -114,15 +114,15 @@ SIZES = {"xmodal": (256, 128, 12)}  # height, width, identities
 def test_the_rate_follows_its_rule_at_every_epoch(name):
     recipe, (epochs, rule) = method_class(name).recipes["paper"], RULES[name]
     assert recipe.epochs == epochs
-    found = [recipe.lr * lr_factor(recipe, epoch) for epoch in range(epochs)]
-    assert np.allclose(found, [rule(epoch) for epoch in range(epochs)], rtol=1e-12)
+    rates = [recipe.lr * lr_factor(recipe, epoch) for epoch in range(epochs)]
+    assert np.allclose(rates, [rule(epoch) for epoch in range(epochs)], rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_images_and_batches_have_the_released_size(name):
     recipe = method_class(name).recipes["paper"]
-    found = recipe.height, recipe.width, recipe.identities
-    assert found == SIZES.get(name, (288, 144, 8))
+    batch = recipe.height, recipe.width, recipe.identities
+    assert batch == SIZES.get(name, (288, 144, 8))
     assert recipe.images == 4 and recipe.replacement
 
 
@@ -194,10 +194,10 @@ def test_views_have_the_released_chances(name):
     assert len(views) == len(colours)
     for view, chances in zip(views, colours):
         pixels = view.flatten(2)  # [N, 3, 128]
-        seen = torch.stack(
+        draws = torch.stack(
             [torch.isclose(pixels, c[:, None], 0, 1e-5).all(1).any(1) for c in COLOURS]
         )
-        assert within_five_sigma(seen.double().mean(1), chances)
+        assert within_five_sigma(draws.double().mean(1), chances)
         erased = (pixels != pixels[:, :, :1]).flatten(1).any(1)
         assert within_five_sigma(erased.double().mean(), erasing)
         if chances is PLAIN and erasing:

@@ -139,25 +139,25 @@ def test_the_person_stands_out(spectrum):
 def test_joints_are_consistent(camera):
     drawn = [render(sample_person(4, i), "visible", camera, i)[1] for i in range(25)]
     x, y, visible = np.array(drawn).transpose(2, 0, 1)  # [25, 17] each
-    inside = (x >= 0) & (x < 48) & (y >= 0) & (y < 96)
-    assert inside.mean() > 0.98
+    on_image = (x >= 0) & (x < 48) & (y >= 0) & (y < 96)
+    assert on_image.mean() > 0.98
     assert set(np.unique(visible)) <= {0.0, 1.0}
-    assert not visible[~inside].any()
+    assert not visible[~on_image].any()
     eyes, hips, ankles = y[:, 1:3], y[:, 11:13], y[:, 15:17]
     assert (eyes.max(1) < hips.min(1)).all() and (hips.max(1) < ankles.max(1)).all()
 
 
 def test_what_stands_in_front_hides_joints():
     camera, free = people.CAMERAS["folder"][0], Difficulty(occlusion=0)
-    blocked, seen = 0, 0
+    blocked, free = 0, 0
     for i in range(40):
         person = sample_person(0, i)
         with_it = render(person, "visible", camera, i, difficulty=Difficulty())[1]
         without = render(person, "visible", camera, i, difficulty=free)[1]
         assert np.array_equal(with_it[:, :2], without[:, :2])
         assert (with_it[:, 2] <= without[:, 2]).all()
-        blocked, seen = blocked + with_it[:, 2].sum(), seen + without[:, 2].sum()
-    assert 0.5 * seen < blocked < seen
+        blocked, free = blocked + with_it[:, 2].sum(), free + without[:, 2].sum()
+    assert 0.5 * free < blocked < free
 
 
 def test_left_is_the_persons_own():
@@ -316,8 +316,8 @@ def test_sysu_gallery_draws(trees):
 
 def test_sysu_attendance_resembles_the_real_one():
     spec = people.POCKET_SETS["pocket-sysu"]
-    seen = {(s.identity, s.camera.number) for s in people._SHOTS["sysu"](spec)}
-    share = [np.mean([(i, n) in seen for i in spec.identities]) for n in range(1, 7)]
+    pairs = {(s.identity, s.camera.number) for s in people._SHOTS["sysu"](spec)}
+    share = [np.mean([(i, n) in pairs for i in spec.identities]) for n in range(1, 7)]
     assert 0.4 < share[0] < 0.8 and 0.4 < share[1] < 0.8
     assert min(share[2:]) > 0.9 and min(share) < 1
 
@@ -343,8 +343,8 @@ def test_llcm_index_and_folders(trees):
         for kind in ("vis", "nir")
     }
     assert cameras == {"vis": set(range(1, 10)), "nir": set(range(1, 10)) - {3}}
-    found = {name.split("/")[2] for name in images(root, "test_*/cam*/*/*.jpg")}
-    assert found == {"0006", "0007", "0008", "0009"}
+    people_tested = {name.split("/")[2] for name in images(root, "test_*/cam*/*/*.jpg")}
+    assert people_tested == {"0006", "0007", "0008", "0009"}
 
 
 def test_plain_folder(trees):

@@ -233,9 +233,9 @@ def test_blur_is_torchvision_s():
 def test_blur_keeps_its_precision_under_autocast():
     images, sigma = noise(4, "cast") / 255, torch.full((4,), 1.5)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = pmt.blur(images, sigma)
-    assert inside.dtype == torch.float32
-    assert torch.equal(inside, pmt.blur(images, sigma))
+        blurred = pmt.blur(images, sigma)
+    assert blurred.dtype == torch.float32
+    assert torch.equal(blurred, pmt.blur(images, sigma))
 
 
 def test_an_infrared_view_is_blurred_or_jittered():
@@ -311,7 +311,7 @@ def test_losses_of_either_phase_by_hand(method):
     method.eval()  # no dropout: both passes see the same
     labels = torch.cat([LABELS, LABELS])
     for epoch in (GRAY, COLOUR):
-        found = method.losses(noise_batch(), epoch)
+        terms = method.losses(noise_batch(), epoch)
         views = torch.cat(method.views(noise_batch(), epoch))
         f, _, logits = method.head(method.vit(views))
         halves = zip(f.chunk(2), logits.chunk(2))
@@ -324,9 +324,9 @@ def test_losses_of_either_phase_by_hand(method):
         if epoch == COLOUR:
             expected["triplet"] = batch_hard_triplet(f, labels, 0.1)
             expected |= {"msel": msel(f, labels) / 2, "dcl": dcl(f, labels) / 2}
-        assert list(found) == list(expected)
+        assert list(terms) == list(expected)
         for name, loss in expected.items():
-            torch.testing.assert_close(found[name], loss)
+            torch.testing.assert_close(terms[name], loss)
 
 
 def test_a_few_steps_lower_the_loss_in_either_phase(method):

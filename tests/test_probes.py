@@ -90,10 +90,10 @@ def test_an_unknown_noise_names_the_nearest():
 def test_clean_queries_score_as_the_evaluation_does(subject):
     features = subject.embed(subject.data.test)
     split = subject.data.split
-    found = probes.score_queries(features, features, split)
+    scores = probes.score_queries(features, features, split)
     for setting, (expected,) in evaluate_trials(features, split).items():
-        assert found[setting].mAP == expected.mAP
-        np.testing.assert_array_equal(found[setting].cmc, expected.cmc)
+        assert scores[setting].mAP == expected.mAP
+        np.testing.assert_array_equal(scores[setting].cmc, expected.cmc)
 
 
 def test_a_gate_that_answers_the_same_does_not_drift_and_does_not_spread():
@@ -136,8 +136,8 @@ def test_mmd_against_a_loop():
     width = lengths[(len(lengths) - 1) // 2]
 
     def mean(xs, ys):
-        found = [math.exp(-math.dist(x, y) ** 2 / (2 * width**2)) for x in xs for y in ys]
-        return sum(found) / len(found)
+        values = [math.exp(-math.dist(x, y) ** 2 / (2 * width**2)) for x in xs for y in ys]
+        return sum(values) / len(values)
 
     a, b = a.tolist(), b.tolist()
     expected = mean(a, a) + mean(b, b) - 2 * mean(a, b)
@@ -154,18 +154,18 @@ def test_the_gradient_of_a_pair_is_what_a_small_step_says(squared):
         gap = (probes.pair_weights(d, same) * d * (2.0 * same - 1)).sum(1)
         return probes.soft_margin(gap, squared).sum()
 
-    found, _ = probes.pair_gradients(distances, same, squared)
+    pairs, _ = probes.pair_gradients(distances, same, squared)
     for place in ((0, 1), (0, 5)):
         step = torch.zeros_like(distances)
         step[place] = 1e-5
         slope = (loss(distances + step) - loss(distances - step)) / 2e-5
-        assert found[place].item() == pytest.approx(abs(slope.item()), rel=1e-5)
+        assert pairs[place].item() == pytest.approx(abs(slope.item()), rel=1e-5)
 
 
 def test_what_fem_sees_is_in_the_order_of_the_identities(subject):
     (modules,) = subject.notes((probes.FEM, probes.pooled_ends))
     (notes,) = modules.values()
-    seen = torch.cat([x for x, _ in notes])
+    pooled = torch.cat([x for x, _ in notes])
     modality = subject.data.split.test.modality.to_numpy()
     row = np.flatnonzero(modality == "infrared")[1]
     with probes.watch(probes.parts(subject.trained, probes.FEM), probes.pooled_ends) as one:
@@ -173,7 +173,7 @@ def test_what_fem_sees_is_in_the_order_of_the_identities(subject):
             subject.trained.embed(subject.data.test.batch(np.array([row])), "infrared")
     ((alone, _),) = next(iter(one.values()))
     place = (modality == "visible").sum() + 1
-    torch.testing.assert_close(seen[place], alone[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pooled[place], alone[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_network_without_mecs_and_fem_has_empty_tables(subject):

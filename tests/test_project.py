@@ -21,10 +21,11 @@ NOTEBOOKS = sorted(
     p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
 )
 ROOMS = [
-    "core", "people", "datasets", "batches", "augment", "joints", "backbone", "blocks",
-    "mecs", "fem", "losses", "method", "methods", "evaluation", "training", "records",
-    "tables", "figures", "runs", "grid", "trained", "probes", "claims", "findings", "maps",
-    "report",
+    "core", "people", "datasets", "batches", "augment", "joints", "corruptions",
+    "backbone", "blocks",
+    "mecs", "fem", "losses", "method", "ranks", "methods", "evaluation", "training",
+    "records", "tables", "figures", "runs", "grid", "trained", "probes", "claims", "verdicts",
+    "findings", "maps", "retrieval", "export", "released", "report", "cli",
 ]  # fmt: skip
 
 

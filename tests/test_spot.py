@@ -79,14 +79,14 @@ def test_a_joint_in_the_centre_of_a_cell_is_one_there():
 
 def test_hidden_joints_leave_no_heat_and_no_loss():
     joints = random_joints(2, (48, 24))
-    seen = joints[:, :, 2] > 0
+    visible = joints[:, :, 2] > 0
     maps = heat_maps(joints, (48, 24), (6, 3))
-    assert 0 < seen.sum() < seen.numel()
-    assert not maps[~seen].any() and maps[seen].sum((1, 2)).min() > 0
-    wrong = maps + 5.0 * ~seen[:, :, None, None]
-    assert structure_loss(wrong, maps, seen) == 0
-    assert structure_loss(maps + 1, maps, seen).item() == pytest.approx(1)
-    assert structure_loss(maps, maps + 1, torch.zeros_like(seen)) == 0
+    assert 0 < visible.sum() < visible.numel()
+    assert not maps[~visible].any() and maps[visible].sum((1, 2)).min() > 0
+    wrong = maps + 5.0 * ~visible[:, :, None, None]
+    assert structure_loss(wrong, maps, visible) == 0
+    assert structure_loss(maps + 1, maps, visible).item() == pytest.approx(1)
+    assert structure_loss(maps, maps + 1, torch.zeros_like(visible)) == 0
 
 
 def test_the_view_is_cajs_and_the_joints_flip_with_it():
@@ -127,8 +127,8 @@ def test_the_gate_is_open_at_first_and_reads_structure():
         2 * torch.sigmoid(gate @ structure[i, :, r, c]) * x[i, :, r, c]
         for i, r, c in np.ndindex(2, 4, 2)
     ])  # fmt: skip
-    found = asr(x, structure).permute(0, 2, 3, 1).reshape(-1, 5)
-    torch.testing.assert_close(found, expected)
+    gated = asr(x, structure).permute(0, 2, 3, 1).reshape(-1, 5)
+    torch.testing.assert_close(gated, expected)
 
 
 def test_parts_are_pooled_where_their_joints_are():

@@ -24,6 +24,7 @@ from afen.losses import (
     weighted_regularized_triplet,
 )
 from ..method import POCKET_RECIPE, Method, Recipe, check_modality
+from ..ranks import in_shares
 
 # %% ../../nbs/methods/agw.ipynb #55a1668e
 class NonLocal(nn.Module):
@@ -75,6 +76,7 @@ class AGW(Method):
 
     name, title = "agw", "AGW"
     weighted_triplet = True
+    inserted = (NonLocal,)
     switches: ClassVar[dict[str, Parameter]] = {
         "nonlocal_blocks": Parameter(bool),
         "nonlocal_width": Parameter(int, low=0),  # 0 is half the channels
@@ -131,7 +133,8 @@ def views(self: AGW, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
 def losses(self: AGW, batch: Any, epoch: int) -> dict[str, Tensor]:
     """The identity loss and the metric loss."""
     visible, infrared, labels = self.views(batch)
-    return self.pooled_losses(self.head.pool(self.net(visible, infrared)), labels)
+    pool = lambda *views: self.head.pool(self.net(*views))  # a share, on several GPUs
+    return self.pooled_losses(in_shares(pool, visible, infrared), labels)
 
 
 @patch

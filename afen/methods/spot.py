@@ -21,6 +21,7 @@ from ..backbone import DualResNet, Head, make_neck
 from ..core import Parameter
 from ..losses import batch_hard_triplet, full_precision, identity_loss
 from ..method import POCKET_RECIPE, Method, Recipe, check_modality
+from ..ranks import in_shares
 
 # %% ../../nbs/methods/spot.ipynb #95651645
 def heat_maps(
@@ -253,7 +254,8 @@ def views(self: SPOT, batch: Any) -> tuple[dict[str, Tensor], Tensor, Tensor]:
 def losses(self: SPOT, batch: Any, epoch: int) -> dict[str, Tensor]:
     """The five terms of Eq. (7)."""
     views, joints, labels = self.views(batch)
-    structure, attended, parts = self.branches(**views)
+    branches = lambda *images: self.branches(**dict(zip(views, images)))
+    structure, attended, parts = in_shares(branches, *views.values())
     necked = self.head.neck(attended), self.part_neck(parts)
     readings = {"identity": self.fuse(*necked), "asr": necked[0], "tpi": necked[1]}
     classify, sizes = self.head.classifier, (batch.visible.shape[2:], structure.shape[2:])
