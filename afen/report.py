@@ -368,7 +368,9 @@ def _percent(std: float | None) -> float:
 # %% ../nbs/33_report.ipynb #1a557aa7
 def _choice(name: str, label: str, options: Mapping[Any, str]) -> str:
     """A labelled menu of the filters."""
-    items = "".join(f'<option value="{escaped(k)}">{escaped(v)}</option>' for k, v in options.items())
+    items = "".join(
+        f'<option value="{escaped(k)}">{escaped(v)}</option>' for k, v in options.items()
+    )
     return f'<label>{label}<select id="{name}">{items}</select></label>\n'
 
 
@@ -577,7 +579,8 @@ def training_section(record: Mapping[str, Any]) -> str:
         words = "Watched scores, per cent (chosen by nobody)"
         charts += f"<div><h3>{words}</h3>{line_chart(percent, 'scores by epoch')}</div>"
     rows = [
-        (int(epoch), *(_text(row.get(name)) for name in history)) for epoch, row in history.iterrows()
+        (int(epoch), *(_text(row.get(name)) for name in history))
+        for epoch, row in history.iterrows()
     ]
     table = html_table("By epoch", ["epoch", *history], rows)
     return (

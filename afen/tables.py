@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATASET_TITLES', 'SETTING_TITLES', 'METRIC_TITLES', 'CELL', 'TOLERANCE', 'NEEDED', 'VERDICTS', 'PROTOCOL',
-           'NO_ACCESS', 'NOT_YET', 'OTHER_RECIPE', 'NONE_OF_ROW', 'STANDING', 'TABLE_COLUMNS', 'DRAWS', 'FEWEST',
-           'published', 'departures', 'verdict', 'is_rendered', 'real_records', 'check_entry', 'recipe_of',
+           'NO_ACCESS', 'NOT_YET', 'OTHER_RECIPE', 'NONE_OF_ROW', 'STANDING', 'TABLE_COLUMNS', 'Cell', 'DRAWS',
+           'FEWEST', 'published', 'departures', 'verdict', 'is_rendered', 'real_records', 'check_entry', 'recipe_of',
            'row_records', 'over_splits', 'cell_result', 'table1', 'row_verdicts', 'outcome', 'number', 'plus_minus',
            'wide_table', 'missing_reasons', 'notes', 'markdown', 'flat_table', 'table1_markdown', 'tex', 'table1_tex',
            'sortable', 'table1_html', 'save_table1', 'write_text', 'bootstrap_interval', 'Comparison', 'compare',
@@ -199,7 +199,7 @@ def cell_result(
     setting: str,
     metric: str,
 ) -> dict[str, Any]:
-    """Our side of a cell: mean, std [%], n, over, seeds, whole, status and reason."""
+    """Our side of a cell: mean, std [%], n, over, seeds, whole, status, reason and id."""
     done = [record for record in records if setting in record["scores"]]
     failed = sum(record["status"] == "failed" for record in records)
     state = {"status": f"failed ({failed} of {len(records)})" if failed else ""}
@@ -208,6 +208,7 @@ def cell_result(
     best = min((record["status"] for record in done), key=STANDING.index)
     done = [record for record in done if record["status"] == best]
     state = {"status": "; ".join(filter(None, (best, state["status"])))}
+    state["id"] = " ".join(record["id"] for record in done)
     reasons = dict.fromkeys(record["reason"] for record in done)
     state["reason"] = "; ".join(filter(None, reasons))
     recipes = {recipe_of(record["parameters"]) for record in done}
@@ -227,7 +228,8 @@ def table1(
     """The paper's table, one row per cell, in the paper's order; values in per cent.
 
     Columns: those of CELL, title; paper and source; mean, std, n, over and seeds;
-    difference (ours - paper), verdict, status, reason; original and what is known of it
+    difference (ours - paper), verdict, status, reason; id (of the runs, with spaces between);
+    original and what is known of it
     where the paper departs from it. Raises ValueError for a record of rendered data or
     one that was edited.
     """
@@ -248,7 +250,7 @@ def table1(
 
 
 TABLE_COLUMNS = [*CELL, "title", "paper", "source", "mean", "std", "n", "over", "seeds"]
-TABLE_COLUMNS += ["difference", "verdict", "status", "reason"]
+TABLE_COLUMNS += ["difference", "verdict", "status", "reason", "id"]
 
 
 def _row(
@@ -259,7 +261,7 @@ def _row(
     """One row of `table1`."""
     of_row = runs.get((cell["method"], cell["dataset"]))
     row = {name: cell[name] for name in (*CELL, "title", "source")}
-    row |= {"paper": cell["value"], "mean": np.nan, "std": np.nan, "n": 0, "over": ""}
+    row |= {"paper": cell["value"], "mean": np.nan, "std": np.nan, "n": 0, "over": "", "id": ""}
     if not of_row:
         none = NOT_YET if cell["dataset"] in at_hand else NO_ACCESS
         why = none if of_row is None else NONE_OF_ROW
@@ -432,19 +434,27 @@ def table1_tex(table: pd.DataFrame) -> str:
 
 # %% ../nbs/23_tables.ipynb #501a8e70
 _STYLE = """
+:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --line: #ccc;
+  --soft: #595959; --note: #fff3d6; --link: #0173b2 }
+@media (prefers-color-scheme: dark) { :root { --ink: #ececec; --paper: #161616;
+  --line: #4a4a4a; --soft: #b0b0b0; --note: #3d3217; --link: #8cc4f5 } }
 body { font: 1rem/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem;
-  padding: 0 1rem; color: #1a1a1a; background: #fff }
+  padding: 0 1rem; color: var(--ink); background: var(--paper) }
+.banner { background: var(--note); padding: .5rem .75rem; border-radius: .25rem }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .875rem }
 caption { text-align: left; font-weight: 600; padding: .5rem 0 }
 th, td { padding: .3rem .6rem; text-align: left; vertical-align: top;
-  border-bottom: 1px solid #ccc; white-space: pre-line }
-tbody th { white-space: nowrap }
-thead th { border-bottom: 2px solid #333; vertical-align: bottom }
+  border-bottom: 1px solid var(--line); white-space: pre-line }
+tbody th { white-space: nowrap; position: sticky; left: 0; background: var(--paper) }
+thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom }
 th button { font: inherit; font-weight: 600; text-align: left; white-space: pre-line;
   border: 0; background: none; padding: .2rem; cursor: pointer; color: inherit }
-th button:focus-visible { outline: 2px solid #0173b2 }
-th button::after { content: " \\2195"; color: #767676 }
+:focus-visible { outline: 2px solid var(--link) }
+summary { cursor: pointer; text-decoration: underline dotted var(--soft) }
+dl { margin: .3rem 0; width: 13rem; white-space: normal; font-size: .8125rem }
+dt { font-weight: 600 } dd { margin: 0 0 .3rem; overflow-wrap: anywhere }
+th button::after { content: " \\2195"; color: var(--soft) }
 th[aria-sort=ascending] button::after { content: " \\2191"; color: inherit }
 th[aria-sort=descending] button::after { content: " \\2193"; color: inherit }
 """
@@ -465,12 +475,18 @@ for (const button of document.querySelectorAll("th button"))
 """
 
 # %% ../nbs/23_tables.ipynb #c03daa8d
+Cell = tuple[str, Any, dict[str, str]]  # text, value to sort by (NaN for none), what to unfold
+
+
 def sortable(
     caption: str,
     heads: Sequence[str],
-    rows: Iterable[Sequence[tuple[str, Any]]],  # (text, value to sort by; NaN for none)
+    rows: Iterable[Sequence[Cell]],
 ) -> str:
-    """An HTML table with a button in every header; the first cell names its row."""
+    """An HTML table with a button in every header; the first cell names its row.
+
+    What a cell has to unfold stands in it, behind its text.
+    """
     buttons = "".join(
         f'<th scope="col"><button type="button">{html.escape(head)}</button></th>'
         for head in heads
@@ -478,12 +494,7 @@ def sortable(
     lines = []
     for row in rows:
         tags = ['th scope="row"', *["td"] * (len(row) - 1)]
-        cells = "".join(
-            f'<{tag} data-value="{html.escape("" if pd.isna(value) else str(value))}">'
-            f"{html.escape(text)}</{tag.split()[0]}>"
-            for tag, (text, value) in zip(tags, row)
-        )
-        lines.append(f"<tr>{cells}</tr>")
+        lines.append(f"<tr>{''.join(map(_html_cell, tags, row))}</tr>")
     body = "\n".join(lines)
     name = html.escape(caption)
     return (
@@ -492,15 +503,41 @@ def sortable(
         f"<thead><tr>{buttons}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n"
     )
 
+
+def _html_cell(tag: str, cell: Cell) -> str:
+    """One cell of a table."""
+    text, value, more = cell
+    shown = html.escape(text)
+    if more:
+        items = "".join(
+            f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in more.items()
+        )
+        shown = f"<details><summary>{shown}</summary><dl>{items}</dl></details>"
+    key = html.escape("" if pd.isna(value) else str(value))
+    return f'<{tag} data-value="{key}">{shown}</{tag.split()[0]}>'
+
 # %% ../nbs/23_tables.ipynb #8ffc62d1
-def _paper_rows(table: pd.DataFrame) -> Iterable[list[tuple[str, Any]]]:
-    """One row per method; a cell sorts by the paper's value."""
+def _paper_rows(table: pd.DataFrame) -> Iterable[list[Cell]]:
+    """One row per method; a cell sorts by the paper's value and unfolds its sources."""
     for title, cells in table.groupby("title", sort=False):
-        row = [(title, title)]
+        row = [(title, title, {})]
         for cell in cells.to_dict("records"):
-            lines = {k: v for k, v in _lines(cell).items() if v}
-            row.append(("\n".join(map(" ".join, lines.items())), cell["paper"]))
+            lines = {k: v for k, v in _lines(cell).items() if v and k != "original"}
+            text = "\n".join(map(" ".join, lines.items()))
+            if cell["status"] == "not run":  # said once, above the table
+                text = lines["paper"]
+            row.append((text, cell["paper"], _sources(cell)))
         yield row
+
+
+def _sources(cell: Mapping[str, Any]) -> dict[str, str]:
+    """Where the numbers of a cell come from: the paper's, the original one, ours."""
+    said = {"paper": cell["source"]}
+    if original := _original(cell):
+        read = "" if "from memory" in original else f"; {cell['original_read']}"
+        said["original"] = f"{original}, {cell['original_source']}{read}"
+    why = f": {cell['reason']}" if cell["reason"] else ""
+    return said | {"ours": f"{cell['status']}{why}"} | ({"runs": cell["id"]} if cell["id"] else {})
 
 
 _SHOWN = {
@@ -512,13 +549,15 @@ _SHOWN = {
 }  # fmt: skip
 
 
-def _cell_rows(table: pd.DataFrame) -> Iterable[list[tuple[str, Any]]]:
-    """One row per cell of `table1`."""
+def _cell_rows(table: pd.DataFrame) -> Iterable[list[Cell]]:
+    """One row per cell of `table1`; that one was not run is said above the table."""
     known = DATASET_TITLES | SETTING_TITLES | METRIC_TITLES
     for cell in table[list(_SHOWN)].to_dict("records"):
+        if cell["status"] == "not run":
+            cell |= dict.fromkeys(("n", "seeds", "verdict", "status", "reason"))
         yield [
-            (number(v) if isinstance(v, float) else known.get(v, str(v)), v)
-            if pd.notna(v) else ("", v)
+            (number(v) if isinstance(v, float) else known.get(v, str(v)), v, {})
+            if pd.notna(v) else ("", v, {})
             for v in cell.values()
         ]  # fmt: skip
 
@@ -529,16 +568,29 @@ def table1_html(table: pd.DataFrame) -> str:
     heads = [f"{DATASET_TITLES[d]}\n{SETTING_TITLES[s]}\n{METRIC_TITLES[m]}" for d, s, m in names]
     first = sortable("Table 1, per cent", ["method", *heads], _paper_rows(table))
     second = sortable("Every cell, per cent", list(_SHOWN.values()), _cell_rows(table))
-    items = "".join(f"<li>{html.escape(line)}</li>\n" for line in notes(table))
+    other = [line for line in notes(table) if not line.startswith("not run: ")]
+    items = "".join(f"<li>{html.escape(line)}</li>\n" for line in other)
     title = "Table 1 of the AFEN paper, and ours beside it"
     return (
         f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width">\n<title>{title}</title>\n'
         f"<style>{_STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n"
-        f"<p>Outcome: {html.escape(outcome(table))}. A header sorts by its column, in the "
-        f"first table by the paper's value.</p>\n"
+        f"<p>Outcome: {html.escape(outcome(table))}.</p>\n{_banner(table)}"
+        f"<p>A header sorts by its column, in the first table by the paper's value. A number of "
+        f"the first table opens to where it comes from.</p>\n"
         f"{first}<h2>Protocol and words</h2>\n<ul>\n{items}</ul>\n{second}"
         f"<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+    )
+
+
+def _banner(table: pd.DataFrame) -> str:
+    """How many cells have no number of ours, and why; "" where all have one."""
+    missing, why = (table["status"] == "not run").sum(), "; ".join(missing_reasons(table))
+    if not missing:
+        return ""
+    return (
+        f'<p class="banner" role="note"><strong>{missing} of {len(table)} cells were not run'
+        f"</strong>: {html.escape(why)}. They show the paper's value alone.</p>\n"
     )
 
 # %% ../nbs/23_tables.ipynb #a6b4d27b

@@ -479,3 +479,17 @@ def test_table_1_works_by_keyboard(tab, address):
         assert head.get_attribute("aria-sort") == way
         values = tab.locator("tbody").first.locator("tr").evaluate_all(column)
         assert values == sorted(values, reverse=way == "descending")
+
+
+def test_a_number_of_table_1_opens_to_its_source(tab, address):
+    tab.goto(f"{address}/figures/table1.html")
+    cell = tab.locator("tbody").first.locator("td").first
+    assert not cell.locator("dl").is_visible()
+    cell.locator("summary").press("Enter")
+    assert "paper" in cell.locator("dl").inner_text()
+    assert tab.locator(".banner").count() == 1 and "not run" in tab.locator(".banner").inner_text()
+    seen = set()
+    for scheme in ("light", "dark"):
+        tab.emulate_media(color_scheme=scheme)
+        seen.add(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert len(seen) == 2
