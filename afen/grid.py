@@ -590,12 +590,16 @@ def gpu_text(
     if gpu is None:
         driver = driver_version()
         why = f"the driver is {driver}, and torch wants CUDA {torch.version.cuda}"
-        return [f"No GPU that torch can use is at hand{f' ({why})' if driver else ''}: on one a "
-                "row takes hours, here it takes days, as the lines below say."]  # fmt: skip
+        return [
+            f"No GPU that torch can use is at hand{f' ({why})' if driver else ''}: on one a "
+            "row takes hours, here it takes days, as the lines below say."
+        ]
     own = [record for record in records if record["device"] == gpu.name]
     if not own:
-        return [f"GPU: {named}, driver {gpu.driver}. Nothing was measured on it yet: make "
-                "check-gpu does so in eight minutes, and then this plan has its hours."]  # fmt: skip
+        return [
+            f"GPU: {named}, driver {gpu.driver}. Nothing was measured on it yet: make "
+            "check-gpu does so in eight minutes, and then this plan has its hours."
+        ]
     costs = gpu_costs(chosen, own[-1])
     lines = [f"GPU: {named}, driver {gpu.driver}; steps measured on {own[-1]['started'][:10]}."]
     lines += costs.round({"s/step": 3, "hours each": 1, "hours": 1, "GB": 1}).to_string(

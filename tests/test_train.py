@@ -63,6 +63,12 @@ def train(folder, **parameters):
     )
 
 
+def printed(book):
+    """What the cells of a notebook print, as one text."""
+    outputs = [out for cell in book["cells"] for out in cell.get("outputs", [])]
+    return "".join("".join(out.get("text", "")) for out in outputs)
+
+
 def last_line(process):
     return process.stderr.strip().splitlines()[-1]
 
@@ -102,7 +108,8 @@ def test_every_layout_trains_and_leaves_a_whole_run(trees, tmp_path, dataset):
             break
         time.sleep(0.1)
     book = nbformat.read(run / "notebook.ipynb", as_version=4)
-    assert "Rank-1" in book.cells[-1].outputs[-1]["text"]
+    assert "Rank-1" in printed(book) and "report.html" in book.cells[-1].outputs[-1]["text"]
+    assert (run / "report.html").stat().st_size < 5e6
 
 
 @pytest.mark.parametrize(
@@ -181,7 +188,7 @@ def test_the_short_form_works_where_papermill_accepts_it(trees):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     book = json.loads(done.stdout)
-    assert "Rank-1" in "".join(book["cells"][-1]["outputs"][-1]["text"])
+    assert "Rank-1" in printed(book)
 
 
 def test_the_manual_lists_every_parameter():
