@@ -171,7 +171,7 @@ def test_a_run_goes_on_from_the_epoch_before_a_damaged_checkpoint(tiny, tmp_path
 def test_other_code_torch_or_threads_since_are_said(tiny, tmp_path, monkeypatch):
     plan, data = stopped(tiny, tmp_path / "run", epochs=1)
     now = training.circumstances()
-    others = {"code": "01234567", "torch": "9.9", "threads": "64"}
+    others = {"code": "01234567", "torch": "9.9", "threads": "64", "processes": "8"}
     assert now.keys() == others.keys()
     monkeypatch.setattr(training, "circumstances", lambda: others)
     run = runs.start(plan, data)
