@@ -210,7 +210,8 @@ def _load_file(resnet: nn.Module, path: Path) -> nn.Module:
         names = ", ".join(map(str, list(states[1])[:3]))
         raise ValueError(
             f"Weights file {path} does not fit a torchvision ResNet of this depth: {words} "
-            f"(its entries are {names}, ...). Give a state dict of the same architecture."
+            f"(its entries are {names}, ...). Give a state dict of the same architecture; "
+            "whole networks of released codes are read by `afen convert`."
         )
     resnet.load_state_dict(weights, strict=False)
     return resnet

@@ -236,6 +236,9 @@ def search(
     )[["rank", "path", "modality", "cosine", "distance", "alike"]]  # fmt: skip
 
 # %% ../nbs/30_retrieval.ipynb #1159a58e
+import textwrap
+
+
 def ranked_picture(
     gallery: Gallery,
     queries: Sequence[Path | str],
@@ -247,22 +250,23 @@ def ranked_picture(
         figure = figures.canvas(1.45 * len(queries), smoke)
         grid = figure.subplots(len(queries), 1 + max(map(len, results)), squeeze=False)
         for axes, query, found in zip(grid, queries, results):
-            _draw(axes[0], read_image(query, gallery.run), Path(query).name, "black")
+            _draw(axes[0], read_image(query, gallery.run), Path(query).stem, "black")
             for cell, row in zip(axes[1:], found.itertuples()):
                 image = read_image(gallery.folder / row.path, gallery.run)
-                note = f"\n{row.alike}" if row.alike else ""
-                _draw(cell, image, f"{row.rank}: {row.cosine:.2f}{note}", "0.6")
+                _draw(cell, image, f"{row.rank}: {row.cosine:.2f} {row.alike}", "0.6")
             for cell in axes[1 + len(found) :]:
                 cell.set_axis_off()
         return figures.finish(figure)
 
 
 def _draw(axes: Any, pixels: Pixels, title: str, colour: str) -> None:
-    """One image in a frame, with a line above it."""
+    """One image in a frame; above it the title, in two lines as wide as the image."""
+    lines = textwrap.wrap(title, 8)
+    title = "\n".join(lines[:2]) + "…" * (len(lines) > 2)
     axes.imshow(pixels.images[0])
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
-    axes.set_title(title if len(title) < 16 else f"{title[:14]}…", size=8, pad=3)
+    axes.set_title(title, size=7, pad=3)
     for spine in axes.spines.values():
         spine.set(visible=True, color=colour, linewidth=1.5)
 
