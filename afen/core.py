@@ -185,8 +185,8 @@ def nearest(
         return name
     meant = closest(str(name), options, aliases)
     words = " and ".join(map(repr, meant.split())) if meant else ""
-    hint = f"did you mean {words}? " if words else ""
-    raise ValueError(f"Unknown {what} {name!r}: {hint}(known: {', '.join(options)})")
+    hint = f": did you mean {words}?" if words else ""
+    raise ValueError(f"Unknown {what} {name!r}{hint} (known: {', '.join(options)})")
 
 # %% ../nbs/00_core.ipynb #5e2a71c3
 def fold_case(name: str, options: Iterable[str]) -> str:

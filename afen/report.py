@@ -547,7 +547,8 @@ def plane_section(evidence: Evidence) -> str:
         "visible, triangles infrared, a colour for each person (colours come again). Near points "
         f"are near in the features; far distances mean nothing.{part} The person of the chosen "
         'query stands out.</p>\n<svg id="plane" class="chart" viewBox="0 0 620 420" width="620" '
-        f'role="img" aria-label="{len(people)} people in two modalities">{points}</svg></section>\n'
+        f'role="img" aria-label="{len(people)} people in two modalities">'
+        f"{points}</svg></section>\n"
     )
 
 

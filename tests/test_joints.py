@@ -73,7 +73,8 @@ def test_a_random_network_gives_joints_of_every_image(monkeypatch):
     images = torch.randint(0, 256, (3, 3, 32, 16), dtype=torch.uint8)
     joints = detector(images)
     assert joints.shape == (3, 17, 3) and joints.isfinite().all()
-    assert (joints[:, :, 0] <= 16).all() and (joints[:, :, 1] <= 32).all()
+    pixel = 16 / 64  # one of the enlarged image's: torchvision takes no smaller box
+    assert (joints[:, :, 0] <= 16 + pixel).all() and (joints[:, :, 1] <= 32 + pixel).all()
 
 
 def test_the_model_sees_fractions_one_image_at_a_time():

@@ -148,12 +148,12 @@ def test_joints_are_consistent(camera):
 
 
 def test_what_stands_in_front_hides_joints():
-    camera, free = people.CAMERAS["folder"][0], Difficulty(occlusion=0)
+    camera, open_view = people.CAMERAS["folder"][0], Difficulty(occlusion=0)
     blocked, free = 0, 0
     for i in range(40):
         person = sample_person(0, i)
         with_it = render(person, "visible", camera, i, difficulty=Difficulty())[1]
-        without = render(person, "visible", camera, i, difficulty=free)[1]
+        without = render(person, "visible", camera, i, difficulty=open_view)[1]
         assert np.array_equal(with_it[:, :2], without[:, :2])
         assert (with_it[:, 2] <= without[:, 2]).all()
         blocked, free = blocked + with_it[:, 2].sum(), free + without[:, 2].sum()

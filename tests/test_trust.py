@@ -452,7 +452,7 @@ SCRIPT = "<script>alert('x')</script> & co"
 
 
 def test_names_from_files_are_no_code_in_a_page():
-    page = sortable(SCRIPT, [SCRIPT, "value"], [[(SCRIPT, SCRIPT), ("1", 1.0)]])
+    page = sortable(SCRIPT, [SCRIPT, "value"], [[(SCRIPT, SCRIPT, {SCRIPT: SCRIPT}), ("1", 1.0, {})]])
     assert "<script" not in page and "&lt;script&gt;" in page
 
 
