@@ -30,7 +30,7 @@ from afen.runs import DEFAULTS, PARAMETERS, make_plan
 )
 def test_an_unknown_parameter_is_told_what_it_means(written, meant):
     assert closest(written, PARAMETERS) == meant
-    hint = f"did you mean '{meant}'?" if meant else r"Unknown parameter '.*': \(known"
+    hint = f"did you mean '{meant}'?" if meant else r"Unknown parameter '.*' \(known"
     with pytest.raises(ValueError, match=hint.replace("?", r"\?")):
         make_plan(DEFAULTS | {written: 1})
 
@@ -66,7 +66,7 @@ def test_an_unknown_data_set_is_told_the_nearest(written, meant):
 
 
 def test_a_set_like_none_gets_the_list_alone():
-    with pytest.raises(ValueError, match=r"Unknown dataset 'Market-1501': \(known: regdb"):
+    with pytest.raises(ValueError, match=r"Unknown dataset 'Market-1501' \(known: regdb"):
         make_plan(DEFAULTS | {"dataset": "Market-1501"})
 
 
