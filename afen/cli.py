@@ -63,7 +63,7 @@ def age(started: str) -> str:
             return f"{seconds // length:.0f} {unit}"
     return "now"
 
-
+# %% ../nbs/40_cli.ipynb #8c47b0b5
 def runs_table(folder: Path | str | None = None) -> "pd.DataFrame":
     """One row per run and setting: run, method, data, status, setting, rank1, mAP [%], age.
 
@@ -97,7 +97,7 @@ def run_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         for s, mean in scores.items()
     ]
 
-
+# %% ../nbs/40_cli.ipynb #a0054535
 def print_table(table: "pd.DataFrame") -> None:
     """Print a table whole, numbers with one digit; what repeats from above is left out."""
     names = [name for name in ("run", "method", "data", "status", "age") if name in table]
@@ -324,7 +324,7 @@ def search(given: argparse.Namespace) -> None:
         ranked_picture(gallery, given.query, results).savefig(draft, dpi=200)
     print(f"{out.with_suffix('.csv')}, {out.with_suffix('.png')}")
 
-
+# %% ../nbs/40_cli.ipynb #0f9fb9ce
 def convert(given: argparse.Namespace) -> None:
     """Test a checkpoint of the authors', and leave a run of it."""
     from afen.core import short_path
@@ -381,6 +381,8 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {  # name: function, what it does, a
     "convert": (convert, "test a checkpoint of the authors of AGW, CAJ, DDAG or PMT",
                 "afen convert regdb_agw_p4_n8_lr_0.1_seed_0_trial_1_best.t"),
 }  # fmt: skip
+
+# %% ../nbs/40_cli.ipynb #c23220cd
 ARGUMENTS: dict[str, list[tuple[list[str], dict[str, Any]]]] = {
     "verify": [
         (["dataset"], {"help": "regdb, sysu, llcm, folder, pocket-regdb or pocket-sysu"}),
@@ -425,6 +427,8 @@ ARGUMENTS: dict[str, list[tuple[list[str], dict[str, Any]]]] = {
         (["-o", "--out"], {"help": "the run's folder, if not runs/<id>"}),
     ],
 }  # fmt: skip
+
+# %% ../nbs/40_cli.ipynb #2a4c8f9c
 ON_DEVICE = ("report", "export", "embed", "search", "convert")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -277,27 +278,31 @@ class FEM(nn.Module):
         if join == "zero_projection":
             start_at_zero(*self.last_projections())
 
-    def last_projections(self) -> list[nn.Conv2d]:
-        """The 1x1 of each half that are zero at first under `join="zero_projection"`.
+# %% ../nbs/12_fem.ipynb #e8795fe4
+@patch
+def forward(self: FEM, x: Tensor) -> Tensor:
+    check_map(x, self.channels, "FEM")
+    update = self.mix(self.norm_mix(x))
+    if self.mlp is not None:
+        replaces = self.join.kind == "replace"
+        more = self.mlp(self.norm_mlp(update if replaces else x + update))
+        update = more if replaces else update + more
+    return self.join(x, update)
 
-        Raises ValueError if a zero there is for good: behind it is a ReLU.
-        """
-        conv, act = self.mix.fuse
-        if isinstance(act, nn.ReLU):
-            raise ValueError(
-                "join='zero_projection' puts a zero before a ReLU, which no gradient "
-                "passes: use activation='gelu', sites='bare', or another join."
-            )
-        return [conv] if self.mlp is None else [conv, self.mlp.narrow]
+# %% ../nbs/12_fem.ipynb #53d45cba
+@patch
+def last_projections(self: FEM) -> list[nn.Conv2d]:
+    """The 1x1 of each half that are zero at first under `join="zero_projection"`.
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_map(x, self.channels, "FEM")
-        update = self.mix(self.norm_mix(x))
-        if self.mlp is not None:
-            replaces = self.join.kind == "replace"
-            more = self.mlp(self.norm_mlp(update if replaces else x + update))
-            update = more if replaces else update + more
-        return self.join(x, update)
+    Raises ValueError if a zero there is for good: behind it is a ReLU.
+    """
+    conv, act = self.mix.fuse
+    if isinstance(act, nn.ReLU):
+        raise ValueError(
+            "join='zero_projection' puts a zero before a ReLU, which no gradient "
+            "passes: use activation='gelu', sites='bare', or another join."
+        )
+    return [conv] if self.mlp is None else [conv, self.mlp.narrow]
 
 # %% ../nbs/12_fem.ipynb #eabba218
 READINGS = {

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -269,32 +270,38 @@ class MECS(nn.Module):
         if join == "zero_projection":
             start_at_zero(self.last_projection())
 
-    def last_projection(self) -> nn.Conv2d:
-        """The 1x1 that is zero at first under `join="zero_projection"`.
+# %% ../nbs/11_mecs.ipynb #db6a7e8a
+@patch
+def update(self: MECS, F: Tensor) -> Tensor:
+    """F'' of Eq. (4), between the origin's outer projections if they are on."""
+    if self.projection == "single":
+        return self.spatial(self.channel(F))
+    tied = self.projection == "tied"
+    before = self.spatial.point if tied else self.before
+    after = self.spatial.point if tied else self.after
+    return after(self.spatial(self.channel(functional.gelu(before(F)))))
 
-        Raises ValueError if a zero there is for good, or changes the map.
-        """
-        if self.projection == "untied":
-            return self.after
-        if self.projection == "tied" or self.spatial.squash:
-            raise ValueError(
-                "join='zero_projection' needs a last 1x1 of its own, with no sigmoid "
-                "behind it: use projection='untied', or another join."
-            )
-        return self.spatial.point
 
-    def update(self, F: Tensor) -> Tensor:
-        """F'' of Eq. (4), between the origin's outer projections if they are on."""
-        if self.projection == "single":
-            return self.spatial(self.channel(F))
-        tied = self.projection == "tied"
-        before = self.spatial.point if tied else self.before
-        after = self.spatial.point if tied else self.after
-        return after(self.spatial(self.channel(functional.gelu(before(F)))))
+@patch
+def forward(self: MECS, x: Tensor) -> Tensor:
+    check_map(x, self.channels, "MECS")
+    return self.join(x, self.update(x))
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_map(x, self.channels, "MECS")
-        return self.join(x, self.update(x))
+# %% ../nbs/11_mecs.ipynb #df832c81
+@patch
+def last_projection(self: MECS) -> nn.Conv2d:
+    """The 1x1 that is zero at first under `join="zero_projection"`.
+
+    Raises ValueError if a zero there is for good, or changes the map.
+    """
+    if self.projection == "untied":
+        return self.after
+    if self.projection == "tied" or self.spatial.squash:
+        raise ValueError(
+            "join='zero_projection' needs a last 1x1 of its own, with no sigmoid "
+            "behind it: use projection='untied', or another join."
+        )
+    return self.spatial.point
 
 # %% ../nbs/11_mecs.ipynb #aa487ba7
 READINGS = {

@@ -289,28 +289,6 @@ def test_the_model_card_has_no_field_left(written, record):
 
 # --- in a browser ---------------------------------------------------------------------
 
-FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
---disable-background-networking --disable-component-update""".split()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """A browser with an empty profile."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("Chromium is not installed: the report was not tried in a browser.")
-    api = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed: make install."
-    )
-    with api.sync_playwright() as play:
-        profile = tmp_path_factory.mktemp("profile")
-        started = play.chromium.launch_persistent_context(
-            profile, executable_path=chromium, headless=True, args=FLAGS
-        )
-        yield started
-        started.close()
-
-
 @pytest.fixture
 def tab(browser, written):
     """The page in a tab that notes errors and requests."""

@@ -4,7 +4,6 @@ import ast
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -317,11 +316,6 @@ def test_nothing_is_loaded_from_elsewhere(site):
 
 # --- in a browser ---------------------------------------------------------------------
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
---disable-background-networking --disable-component-update""".split()
-
-
 class Quiet(SimpleHTTPRequestHandler):
     """A server that writes no log."""
 
@@ -335,23 +329,6 @@ def address(site):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """A browser with an empty profile."""
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed: the site was not tried in a browser.")
-    api = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed: make install."
-    )
-    with api.sync_playwright() as play:
-        profile = tmp_path_factory.mktemp("profile")
-        started = play.chromium.launch_persistent_context(
-            profile, executable_path=CHROMIUM, headless=True, args=FLAGS
-        )
-        yield started
-        started.close()
 
 
 @pytest.fixture
