@@ -35,7 +35,7 @@ demo: install  ## train and evaluate AFEN on rendered people, in minutes
 	@$(RUN) runs/demo.ipynb 2>runs/demo.log || $(SAY) runs/demo.log
 	@echo "executed notebook: runs/demo.ipynb"
 
-train: install  ## one run: make train DATASET=regdb METHOD=afen ARGS="-p trial 2"
+train: install  ## one run: make train DATASET=regdb METHOD=afen ARGS="-p split 2"
 	@mkdir -p runs
 	@$(RUN) $(ONE).ipynb -p dataset $(DATASET) -p method $(METHOD) $(ARGS) 2>$(ONE).log \
 	  || $(SAY) $(ONE).log

@@ -37,14 +37,14 @@ from .records import scores_table
 from .tables import METRIC_TITLES, real_records, row_verdicts, table1
 
 # %% ../nbs/29_claims.ipynb #dd0ed862
-KEYS = ["dataset", "trial", "seed"]
+KEYS = ["dataset", "split", "seed"]
 LEAST = 3  # numbers on each data set
 IDLE = 0.01  # change of the map below which a module counts as idle
 
 
 def seed_deviation(values: pd.Series) -> pd.Series:
     """The deviation over seeds within a split, by data set; NaN of too few seeds."""
-    each = values.groupby(level=["dataset", "trial"])
+    each = values.groupby(level=["dataset", "split"])
     enough = each.var().where(each.count() >= LEAST)
     return enough.groupby(level="dataset").mean() ** 0.5
 
@@ -114,9 +114,9 @@ class Evidence:
 
     @cached_property
     def cells(self) -> pd.DataFrame:
-        """The ablation's runs: group, label, dataset, trial, seed, run."""
+        """The ablation's runs: group, label, dataset, split, seed, run."""
         rows = [
-            (job.group.name, job.label, job.dataset, job.trial, job.seed, job.id)
+            (job.group.name, job.label, job.dataset, job.split, job.seed, job.id)
             for job in grid.jobs(self.preset, ["ablation"])
         ]
         return pd.DataFrame(rows, columns=["group", "label", *KEYS, "run"])
@@ -863,7 +863,7 @@ def whole_points(evidence: Evidence) -> pd.DataFrame:
         cells.assign(panel=cells.dataset + "\non itself", value=cells.run.map(evidence.mAP)),
         cells.assign(panel=cells.dataset + "\non " + other, value=far),
     ])
-    return points.assign(seed=points.trial.astype(str) + "/" + points.seed.astype(str))
+    return points.assign(seed=points.split.astype(str) + "/" + points.seed.astype(str))
 
 
 def whole_drawing(evidence: Evidence) -> Drawing:
@@ -895,7 +895,7 @@ def afen_minus_caj(
     """Points of mAP (`mean_ap`) between the rows of Table 1, by KEYS, pairs alone."""
     scores = mean_ap(records)
     rows = [
-        (job.label, job.dataset, job.trial, job.seed, scores.get(job.id, np.nan))
+        (job.label, job.dataset, job.split, job.seed, scores.get(job.id, np.nan))
         for job in grid.jobs(preset, ["rows"])
         if job.label in ("afen", "caj")
     ]
@@ -914,8 +914,8 @@ def _gain(dataset: str, values: pd.Series) -> str:
     gain = f"{_signed(values.mean())} on {dataset}"
     if len(values) == 1:
         return f"{gain} (1 pair of runs)"
-    counts = {name: values.index.unique(name).size for name in ("trial", "seed")}
-    units = {"trial": "splits", "seed": "seeds"}
+    counts = {name: values.index.unique(name).size for name in ("split", "seed")}
+    units = {"split": "splits", "seed": "seeds"}
     over = " and ".join(f"{n} {units[name]}" for name, n in counts.items() if n > 1)
     low, high = map(_signed, mean_interval(values))
     return f"{gain} (95 % interval over {over}: {low} to {high})"

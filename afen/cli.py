@@ -332,7 +332,7 @@ def convert(given: argparse.Namespace) -> None:
     from afen.runs import score_table
 
     release = read_release(given.file)
-    names = ("method", "dataset", "root", "trial", "out")
+    names = ("method", "dataset", "root", "split", "out")
     which = {name: getattr(given, name) for name in names}
     plan = release_plan(release, **which, device=given.device)
     scores = score_table(evaluate_release(release, plan))
@@ -423,7 +423,7 @@ ARGUMENTS: dict[str, list[tuple[list[str], dict[str, Any]]]] = {
         (["--method"], {"help": "agw, caj, ddag or pmt, where the file does not tell"}),
         (["--dataset"], {"help": "that it was trained on, where the name does not tell"}),
         (["--root"], {"help": "folder of the data set, if not data/<dataset>"}),
-        (["--trial"], {"type": int, "help": "RegDB: the split that it was trained on"}),
+        (["--split"], {"type": int, "help": "RegDB: the split that it was trained on"}),
         (["-o", "--out"], {"help": "the run's folder, if not runs/<id>"}),
     ],
 }  # fmt: skip

@@ -9,10 +9,11 @@ __all__ = ['MODALITIES', 'IMAGE_COLUMNS', 'Parts', 'SOURCES', 'NAMES', 'IMAGE_SU
            'left_out', 'list_cameras', 'path_below', 'read_index', 'list_indexed', 'relabel', 'both_directions',
            'read_regdb', 'read_mat', 'read_ids', 'gallery_cells', 'draw_random', 'read_permutations', 'draw_official',
            'cells_unlike', 'file_numbers', 'sysu_trials', 'read_sysu', 'llcm_trials', 'read_llcm', 'check_order',
-           'list_folder', 'number_names', 'other_files', 'read_folder', 'read_joints', 'unanswerable', 'check_split',
-           'read_split', 'count_indices', 'regdb_lines', 'count_regdb', 'count_sysu', 'count_llcm', 'count_folder',
-           'count_tree', 'read_splits', 'count_unanswerable', 'equal_images', 'count_equal', 'Report', 'compare_counts',
-           'verify', 'count_departures', 'with_noise', 'check_choices', 'load', 'summary']
+           'list_folder', 'number_names', 'other_files', 'read_folder', 'read_joints', 'unanswerable', 'in_sets',
+           'part_of', 'check_split', 'read_split', 'count_indices', 'regdb_lines', 'count_regdb', 'count_sysu',
+           'count_llcm', 'count_folder', 'count_tree', 'read_splits', 'count_unanswerable', 'equal_images',
+           'count_equal', 'Report', 'compare_counts', 'verify', 'count_departures', 'with_noise', 'check_choices',
+           'load', 'summary']
 
 # %% ../nbs/02_datasets.ipynb #aa2f5fe2
 import hashlib
@@ -38,7 +39,7 @@ import pandas as pd
 from scipy.io import loadmat
 
 from .core import keyed_rng, nearest, project_root
-from .people import has_rendered_mark, pocket_root
+from .people import TEST_SET, has_rendered_mark, pocket_root
 
 # %% ../nbs/02_datasets.ipynb #8641fe69
 @dataclass(frozen=True)
@@ -403,7 +404,7 @@ def _swapped(table: pd.DataFrame) -> pd.DataFrame:
 # %% ../nbs/02_datasets.ipynb #5fae3b4c
 def read_regdb(
     listing: Listing,
-    trial: int = 1,  # which of the ten splits, from 1
+    split: int = 1,  # which of the ten, from 1
 ) -> Parts:
     """Training table, test table and the two trials of one official RegDB split.
 
@@ -411,11 +412,11 @@ def read_regdb(
     that is not 1 to 10 and for an image in the folder of the other modality; other errors
     as `list_indexed` and `relabel`.
     """
-    if not 1 <= trial <= 10:
-        raise ValueError(f"RegDB has splits 1 to 10: trial {trial} is not among them.")
+    if not 1 <= split <= 10:
+        raise ValueError(f"RegDB has splits 1 to 10: split {split} is not among them.")
     tables = []
     for part in ("train", "test"):
-        names = [f"idx/{part}_{kind}_{trial}.txt" for kind in ("visible", "thermal")]
+        names = [f"idx/{part}_{kind}_{split}.txt" for kind in ("visible", "thermal")]
         table = list_indexed(listing, dict(zip(MODALITIES, names)))
         if len(swapped := _swapped(table)):
             raise ValueError(
@@ -424,8 +425,8 @@ def read_regdb(
             )
         tables.append(table.assign(camera=np.where(table.modality == "visible", 1, 2)))
     train, test = tables
-    train["label"] = relabel(train, f"{listing.root}/idx, training lists of trial {trial}")
-    return train[[*IMAGE_COLUMNS, "label"]], test[IMAGE_COLUMNS], both_directions(test, trial)
+    train["label"] = relabel(train, f"{listing.root}/idx, training lists of split {split}")
+    return train[[*IMAGE_COLUMNS, "label"]], test[IMAGE_COLUMNS], both_directions(test, split)
 
 # %% ../nbs/02_datasets.ipynb #0acaf1a2
 SYSU_CAMERAS = {
@@ -783,11 +784,11 @@ def other_files(listing: Listing) -> list[str]:
     return [p for p in listing.sizes if p not in images and not p.startswith(known)]
 
 # %% ../nbs/02_datasets.ipynb #82160f6c
-def _halves(listing: Listing, trial: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _halves(listing: Listing, split: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The images that train and those that test, as they are divided or drawn."""
     if _has_halves(listing.root):
-        if trial != 1:
-            raise ValueError(f"{listing.root} is divided already: use trial 1, not {trial}.")
+        if split != 1:
+            raise ValueError(f"{listing.root} is divided already: use split 1, not {split}.")
         train, test = (_in_both(_list_images(listing, f"{h}/")) for h in ("train", "test"))
         numbers = number_names([*train.identity, *test.identity])
         return tuple(t.assign(identity=t.identity.map(numbers)) for t in (train, test))
@@ -795,25 +796,25 @@ def _halves(listing: Listing, trial: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     numbers = number_names(images.identity[images.identity != ""])
     images = _in_both(images)
     images["identity"] = images.identity.map(numbers)
-    shuffled = keyed_rng("folder", trial - 1).permutation(np.unique(images.identity))
+    shuffled = keyed_rng("folder", split - 1).permutation(np.unique(images.identity))
     halves = np.split(shuffled, [len(shuffled) // 2])
     return tuple(images[images.identity.isin(half)] for half in halves)
 
 # %% ../nbs/02_datasets.ipynb #37806a3c
 def read_folder(
     listing: Listing,
-    trial: int = 1,  # which halves of the people, from 1, where they are drawn
+    split: int = 1,  # which halves of the people, from 1, where they are drawn
 ) -> Parts:
     """Training table, test table and two trials of a folder of one's own.
 
-    Raises ValueError when fewer than two people are in both modalities, and for a trial
+    Raises ValueError when fewer than two people are in both modalities, and for a split
     where nothing is drawn; other errors as `list_folder`.
     """
-    train, test = (half.reset_index(drop=True) for half in _halves(listing, trial))
+    train, test = (half.reset_index(drop=True) for half in _halves(listing, split))
     if train.empty or test.empty:
         raise ValueError(_too_few(listing, pd.concat([train, test])))
     train["label"] = np.unique(train.identity, return_inverse=True)[1]
-    return train, test, both_directions(test, trial)
+    return train, test, both_directions(test, split)
 
 # %% ../nbs/02_datasets.ipynb #14b9573a
 JOINT_COLUMNS = [f"{axis}{joint}" for joint in range(17) for axis in "xyv"]
@@ -870,6 +871,33 @@ def unanswerable(trial: Trial, test: pd.DataFrame, protocol: str) -> int:
         if all(_hides(protocol, number, other) for other in cameras.get(person, ()))
     )
 
+# %% ../nbs/02_datasets.ipynb #d0c5e1a1
+def in_sets(
+    test: pd.DataFrame,  # with a column identity
+    trials: Iterable[Trial],  # of all test people
+    size: int,  # people of a set
+) -> tuple[Trial, ...]:
+    """For each setting one trial per set of test people, in the order of their numbers.
+
+    Where a setting has several trials, the sets take them in turn.
+    """
+    people = np.unique(test.identity)
+    number = np.searchsorted(people, test.identity) // size  # [N], an image's set
+    of_setting: dict[str, list[Trial]] = {}
+    for trial in trials:
+        of_setting.setdefault(trial.setting, []).append(trial)
+    return tuple(
+        part_of(each[k % len(each)], number == k, k)
+        for each in of_setting.values()
+        for k in range(number.max() + 1)
+    )
+
+
+def part_of(trial: Trial, chosen: np.ndarray, number: int) -> Trial:
+    """The images of a trial that are chosen (bool [N]), under a new number."""
+    query, gallery = (rows[chosen[rows]] for rows in (trial.query, trial.gallery))
+    return replace(trial, number=number, query=query, gallery=gallery)
+
 # %% ../nbs/02_datasets.ipynb #dee76dbb
 def check_split(split: Split) -> Split:
     """Return the split, or raise ValueError with the first thing that is wrong."""
@@ -896,20 +924,22 @@ def check_split(split: Split) -> Split:
 def read_split(
     name: str,  # a key of SOURCES
     listing: Listing,  # of its folder
-    trial: int = 1,
+    split: int = 1,
     gallery: str = "random",
 ) -> Split:
     """The split of a listed tree, checked; arguments and errors as `load`."""
     layout = SOURCES[name].layout
     reader = {
-        "regdb": partial(read_regdb, trial=trial),
+        "regdb": partial(read_regdb, split=split),
         "sysu": partial(read_sysu, gallery=gallery),
         "llcm": read_llcm,
-        "folder": partial(read_folder, trial=trial),
+        "folder": partial(read_folder, split=split),
     }[layout]
     if listing.closed:
         raise PermissionError(f"{listing.root}/{listing.closed[0]} may not be opened.")
     train, test, trials = reader(listing)
+    if name.startswith("pocket-"):
+        trials = in_sets(test, trials, TEST_SET)
     unread = left_out(listing, [*train.path, *test.path])
     joints = read_joints(listing.root)
     if joints is not None:
@@ -1051,11 +1081,11 @@ def _one_modality(table: pd.DataFrame) -> list:
     return sorted(modalities.index[modalities == 1])
 
 # %% ../nbs/02_datasets.ipynb #2c447db7
-_KEYS = ["part", "trial", "modality"]
+_KEYS = ["part", "split", "modality"]
 
 
 def regdb_lines(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """The lines of RegDB's lists in one table, with the list's part, trial, modality."""
+    """The lines of RegDB's lists in one table, with the list's part, split, modality."""
     columns = ["path", "label", "identity", *_KEYS]
     about = {name: dict(zip(_KEYS, value)) for name, value in _regdb_lists().items()}
     each = [table.assign(**about[name]) for name, table in tables.items()]
@@ -1063,10 +1093,10 @@ def regdb_lines(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def _regdb_lists() -> dict[str, tuple[str, int, str]]:
-    """The names of RegDB's forty lists: part, trial and modality of each."""
+    """The names of RegDB's forty lists: part, split and modality of each."""
     kinds = {"visible": "visible", "thermal": "infrared"}
-    return {f"idx/{part}_{kind}_{trial}.txt": (part, trial, modality)
-            for part in ("train", "test") for trial in range(1, 11)
+    return {f"idx/{part}_{kind}_{split}.txt": (part, split, modality)
+            for part in ("train", "test") for split in range(1, 11)
             for kind, modality in kinds.items()}  # fmt: skip
 
 # %% ../nbs/02_datasets.ipynb #491bb592
@@ -1074,7 +1104,7 @@ def count_regdb(listing: Listing) -> tuple[Counts, set[str]]:
     """Counts of a RegDB tree, and the images that one of its lists names."""
     counts, tables = count_indices(listing, _regdb_lists())
     lines = regdb_lines(tables)
-    halves = lines.groupby(["part", "trial"])
+    halves = lines.groupby(["part", "split"])
     people = halves.identity.agg(set).to_dict()
     train, test = (
         [people.get((part, t), set()) for t in range(1, 11)] for part in ("train", "test")
@@ -1224,7 +1254,7 @@ def read_splits(name: str, listing: Listing) -> tuple[list[Split], list[str]]:
     """The splits of a listed tree, and why others cannot be loaded."""
     choices: list[dict] = [{}]
     if SOURCES[name].layout == "regdb":
-        choices = [{"trial": trial} for trial in range(1, 11)]
+        choices = [{"split": split} for split in range(1, 11)]
     if SOURCES[name].layout == "sysu" and "exp/rand_perm_cam.mat" in listing.sizes:
         choices += [{"gallery": "official"}]
     splits, refused = [], []
@@ -1389,12 +1419,12 @@ def with_noise(
     return replace(split, train=split.train.assign(label=label))
 
 # %% ../nbs/02_datasets.ipynb #32925652
-def check_choices(name: str, trial: int, gallery: str) -> None:
+def check_choices(name: str, split: int, gallery: str) -> None:
     """Raise ValueError for an unknown data set, or a choice that it does not offer."""
     layout = SOURCES[nearest(name, SOURCES, "dataset")].layout
     nearest(gallery, ("random", "official"), "gallery")
-    if layout not in ("regdb", "folder") and trial != 1:
-        raise ValueError(f"{name} has one training split: use trial 1, not {trial}.")
+    if layout not in ("regdb", "folder") and split != 1:
+        raise ValueError(f"{name} has one training split: use split 1, not {split}.")
     if layout != "sysu" and gallery != "random":
         raise ValueError(f"{name} has no {gallery} gallery: use gallery='random'.")
 
@@ -1402,10 +1432,10 @@ def check_choices(name: str, trial: int, gallery: str) -> None:
 def load(
     name: str,  # a key of SOURCES
     root: Path | str | None = None,  # its folder; data/<name> in the project if None
-    trial: int = 1,  # RegDB: which of its ten splits; folder: which halves
+    split: int = 1,  # RegDB: which of its ten; folder: which halves
     gallery: str = "random",  # SYSU-MM01: which generator, "random" or "official"
-    noise: float = 0.0,  # share of training labels to make wrong, as `with_noise`
-    seed: int = 0,  # of the wrong labels: who trains and who tests hangs on `trial`
+    label_noise: float = 0.0,  # share of training labels to make wrong, as `with_noise`
+    seed: int = 0,  # of the wrong labels: who trains and who tests hangs on `split`
 ) -> Split:
     """Read a data set from its files; no image is opened.
 
@@ -1413,13 +1443,13 @@ def load(
     set or a part of it is missing; ValueError for an unknown name, a choice the set does
     not offer, or files that contradict each other.
     """
-    check_choices(name, trial, gallery)
+    check_choices(name, split, gallery)
     listing = list_tree(require_root(name, root))
-    split = read_split(name, listing, trial, gallery)
-    split = replace(split, departures=count_departures(name, listing, split))
-    if name == "folder" and split.departures:
-        warnings.warn("; ".join(split.departures), stacklevel=2)
-    return with_noise(split, noise, seed)
+    whole = read_split(name, listing, split, gallery)
+    whole = replace(whole, departures=count_departures(name, listing, whole))
+    if name == "folder" and whole.departures:
+        warnings.warn("; ".join(whole.departures), stacklevel=2)
+    return with_noise(whole, label_noise, seed)
 
 # %% ../nbs/02_datasets.ipynb #95c24f1a
 def summary(split: Split) -> pd.DataFrame:

@@ -306,7 +306,7 @@ def last_projections(self: FEM) -> list[nn.Conv2d]:
 
 # %% ../nbs/12_fem.ipynb #eabba218
 READINGS = {
-    "paper": {"fuse": "none", "join": "residual_zero"},
+    "paper": {"fuse": "none", "join": "zero_projection"},
     "paper_bare": {"fuse": "none", "join": "replace"},
     "origin": {"fuse": "scm", "join": "residual"},
 }

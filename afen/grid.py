@@ -179,7 +179,7 @@ NONLOCAL = Group(
 WRONG_LABELS = Group(
     "noise", "wrong labels", "Who withstands wrong labels?", "caj, 0 %",
     {
-        f"{method}, {100 * share:.0f} %": {"method": method, "noise": share}
+        f"{method}, {100 * share:.0f} %": {"method": method, "label_noise": share}
         for method in ("caj", "dart")
         for share in (0.0, 0.2, 0.5)
     },
@@ -227,7 +227,7 @@ class Job:
     group: Group
     label: str
     dataset: str
-    trial: int  # the training split, from 1
+    split: int  # the training split, from 1
     seed: int
     changes: Mapping[str, Any]  # of train.ipynb's defaults
     parameters: Mapping[str, Any]  # all that the run's name is made of
@@ -256,15 +256,15 @@ def make_job(
     group: Group,
     label: str,
     dataset: str,
-    trial: int,
+    split: int,
     seed: int,
     common: Mapping[str, Any],  # parameters of every run of the preset
 ) -> Job:
     """The job of a cell on a data set. Raises ValueError for a wrong parameter."""
-    which = {"dataset": dataset, "trial": trial, "seed": seed}
+    which = {"dataset": dataset, "split": split, "seed": seed}
     changes = which | dict(group.cells[label]) | dict(common)
     parameters = make_plan(DEFAULTS | changes).parameters
-    return Job(group, label, dataset, trial, seed, changes, parameters)
+    return Job(group, label, dataset, split, seed, changes, parameters)
 
 # %% ../nbs/26_grid.ipynb #55328391
 def jobs(
@@ -278,12 +278,12 @@ def jobs(
     studies = [nearest(s, STUDIES, "study") for s in studies or chosen.studies]
     parameters = dict(chosen.parameters) | dict(common or {})
     return [
-        make_job(group, label, dataset, trial, seed, parameters)
+        make_job(group, label, dataset, split, seed, parameters)
         for group in GRID
         if group.study in studies
         for seed in (chosen.seeds_of(group.study) if seeds is None else seeds)
-        for dataset, trials in (chosen.sets[layout] for layout in group.layouts)
-        for trial in range(1, trials + 1)
+        for dataset, splits in (chosen.sets[layout] for layout in group.layouts)
+        for split in range(1, splits + 1)
         for label in group.cells
     ]
 
@@ -350,7 +350,7 @@ def _shapes(network: str) -> Method:
         return create(name, 2, recipe, **options)
 
 # %% ../nbs/26_grid.ipynb #8ac1d99b
-_VARIED = ("dataset", "trial", "seed", "gallery", "noise")  # no step takes longer by it
+_VARIED = ("dataset", "split", "seed", "gallery", "label_noise")  # no step takes longer by it
 
 
 def step_cost(
@@ -550,7 +550,7 @@ def disk_gigabytes(chosen: Iterable[Job]) -> float:
         weights.append(_state_bytes(json.dumps(network)))
         size = recipe["height"], recipe["width"]
         pixels = _published_images(job.dataset) * size[0] * size[1]
-        packed[job.dataset, job.trial, size] = 3 * pixels
+        packed[job.dataset, job.split, size] = 3 * pixels
     moments = 3  # the weights and at most two numbers of the optimiser for each
     return (sum(packed.values()) + sum(weights) + 2 * moments * max(weights, default=0)) / 1e9
 
@@ -663,7 +663,7 @@ def keep(
 METRICS = ("rank1", "rank10", "rank20", "mAP", "mINP")
 SETTINGS = {"regdb": tuple(DIRECTIONS), "sysu": tuple(SYSU_SETTINGS)}
 COLUMNS = [
-    "group", "label", "trial", "seed", "id", "status", "setting", "metric", "value",
+    "group", "label", "split", "seed", "id", "status", "setting", "metric", "value",
 ]  # fmt: skip
 
 
@@ -695,7 +695,7 @@ def results(
 def _about(job: Job, record: Mapping[str, Any] | None) -> tuple[tuple, Mapping]:
     """A job's columns, and its scores if it has any."""
     status = record["status"] if record else "not run"
-    about = (job.group.name, job.label, job.trial, job.seed, job.id, status)
+    about = (job.group.name, job.label, job.split, job.seed, job.id, status)
     return about, record["scores"] if record else {}
 
 # %% ../nbs/26_grid.ipynb #61b5ae93
@@ -709,7 +709,7 @@ def differences(
     """
     references = table.group.map({group.name: group.reference for group in GRID})
     base = table[table.label == (reference or references)]
-    keys = ["group", "trial", "seed", "setting", "metric"]
+    keys = ["group", "split", "seed", "setting", "metric"]
     keys += ["dataset"] if "dataset" in table else []
     base = base[[*keys, "value"]].rename(columns={"value": "base"})
     paired = table.merge(base, on=keys, how="left", validate="many_to_one")

@@ -305,7 +305,7 @@ def last_projection(self: MECS) -> nn.Conv2d:
 
 # %% ../nbs/11_mecs.ipynb #aa487ba7
 READINGS = {
-    "paper": {"projection": "single", "join": "residual_zero"},
+    "paper": {"projection": "single", "join": "zero_projection"},
     "paper_bare": {"projection": "single", "join": "replace"},
     "origin": {"projection": "tied", "join": "replace"},
     "diagram": {

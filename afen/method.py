@@ -48,7 +48,7 @@ class Recipe:
     pad: int = 10  # pixels of zero padding before the crop (C)
     depth: int = 50  # of the ResNet (P)
     size: str = "base"  # of the vision transformer, "base" or "tiny" (PMT)
-    weights: str = "imagenet"  # what the backbone starts from (P)
+    weights: str = "imagenet"  # what the backbone starts from (P); "pocket" for a trunk (O)
     flip: bool = True  # whether a test feature averages the image and its mirror (C)
     precision: str = "float32"  # of the network; "float32" or "bfloat16" (O)
 
@@ -65,14 +65,13 @@ POCKET_RECIPE = Recipe(
     height=64,
     width=32,
     pad=3,
-    depth=18,
-    weights="none",
+    depth=10,
+    weights="pocket",
     identities=16,
     images=2,
-    epochs=10,
-    warmup=2,
-    drops=(7, 9),
-    backbone_lr=1.0,
+    epochs=3,
+    warmup=1,
+    drops=(2,),
     clip=5.0,
     erasing=0.0,
 )
@@ -95,6 +94,8 @@ class Method(nn.Module):
     defaults: ClassVar[dict[str, Any]] = {}  # and what it is otherwise
     recipes: ClassVar[dict[str, Recipe]] = {}  # by preset
     dataset_recipes: ClassVar[dict[str, tuple[Recipe, dict[str, Any]]]] = {}  # see `configuration`
+    pocket_switches: ClassVar[dict[str, Any]] = {}  # what differs for preset "pocket"
+    trunk: ClassVar[str] = "resnet"  # the kind of pocket trunk that it starts from
     needs_joints: ClassVar[bool] = False  # whether training reads a batch's joints
     draws: ClassVar[int] = 1  # the sampler's batches in one step
     inserted: ClassVar[tuple[type[nn.Module], ...]] = ()  # kinds that learn at `module_lr`
@@ -114,7 +115,8 @@ class Method(nn.Module):
 @patch(cls_method=True)
 def configuration(cls: Method, preset: str, dataset: str) -> tuple[Recipe, dict[str, Any]]:
     """Recipe and switches; for preset "paper" a data set may have its own."""
-    recipe, changes = cls.recipes[preset], {}
+    recipe = cls.recipes[preset]
+    changes = cls.pocket_switches if preset == "pocket" else {}
     if preset == "paper":
         recipe, changes = cls.dataset_recipes.get(dataset, (recipe, changes))
     return recipe, {**cls.defaults, **changes}

@@ -49,7 +49,7 @@ from .fem import FEM, FeatureRefinement
 from .losses import CLAMP, masked_softmax, pairwise_distances, soft_margin
 from .mecs import MECS, ChannelAttention, MultiScale, median_pool
 from .method import Method
-from .people import POCKET_SETS, render_set
+from .people import POCKET_SETS, TEST_SET, render_set
 from afen.records import (
     STATUSES,
     code_revision,
@@ -624,7 +624,8 @@ def partner(name: str) -> str | None:
 
 
 STRANGERS = {  # like the pocket sets, with people of no pocket set
-    name: replace(spec, seed=1, n_train=5) for name, spec in POCKET_SETS.items()
+    name: replace(spec, seed=1, n_train=5, n_test=3 * TEST_SET)
+    for name, spec in POCKET_SETS.items()
 }
 
 

@@ -156,7 +156,7 @@ def fingerprint(record: Mapping[str, Any]) -> str:
 def run_id(parameters: Mapping[str, Any]) -> str:
     """A short name for a run: what it is, then eight digits of its parameters' hash."""
     p = parameters
-    name = f"{p['dataset']}-{p['method']}-{p['preset']}-t{p['trial']}-s{p['seed']}"
+    name = f"{p['dataset']}-{p['method']}-{p['preset']}-t{p['split']}-s{p['seed']}"
     return f"{name}-{digest(dict(p))[:8]}"
 
 # %% ../nbs/22_records.ipynb #920f9dc0
@@ -349,10 +349,10 @@ def scores_table(
 ) -> pd.DataFrame:
     """One row for each run, setting and metric. Values are fractions.
 
-    Columns: id, dataset, method, preset, trial, seed, status, setting, metric, value,
+    Columns: id, dataset, method, preset, split, seed, status, setting, metric, value,
     std, n and over.
     """
-    which = ("dataset", "method", "preset", "trial", "seed")
+    which = ("dataset", "method", "preset", "split", "seed")
     rows = [
         {"id": record["id"]}
         | {name: record["parameters"].get(name) for name in which}

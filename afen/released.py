@@ -155,7 +155,7 @@ class Release:
     state: dict[str, Tensor]
     methods: tuple[str, ...]  # that it can be of
     dataset: str | None
-    trial: int | None
+    split: int | None
     seed: int
 
     @property
@@ -201,10 +201,10 @@ def read_release(path: Path | str) -> Release:
             f"{_some(map(str, state))}. Give a file of these authors."
         )
     dataset = re.match(r"(sysu|regdb|llcm)(?=_|$)", name)
-    trial, seed = (re.search(rf"{word}_(\d+)", name) for word in ("trial", "seed"))
+    split, seed = (re.search(rf"{word}_(\d+)", name) for word in ("trial", "seed"))
     return Release(
         path, state, methods, dataset and dataset[1],
-        int(trial[1]) if trial else None, int(seed[1]) if seed else 0,
+        int(split[1]) if split else None, int(seed[1]) if seed else 0,
     )  # fmt: skip
 
 # %% ../nbs/32_released.ipynb #6d8581ca
@@ -213,7 +213,7 @@ def release_plan(
     method: str | None = None,  # where the file does not tell
     dataset: str | None = None,  # likewise
     root: str | None = None,  # the data set's folder; data/<name> if None
-    trial: int | None = None,  # RegDB: of which split; from the file's name, or 1
+    split: int | None = None,  # RegDB: of which split; from the file's name, or 1
     out: Path | str | None = None,  # the run's folder; runs/<id> if None
     device: str = "auto",
 ) -> Plan:
@@ -233,7 +233,7 @@ def release_plan(
             f"was trained on, as --dataset regdb (known: {known})."
         )
     which = {"dataset": dataset, "method": method or release.methods[0], "preset": "paper"}
-    how = {"root": root, "trial": trial or release.trial or 1, "seed": release.seed}
+    how = {"root": root, "split": split or release.split or 1, "seed": release.seed}
     plan = make_plan(DEFAULTS | which | how | {"weights": "none", "device": device})
     weights = f"released:{digest(release.path)}"
     plan = replace(plan, recipe=replace(plan.recipe, weights=weights))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'OTHER_WORDS', 'Drawn', 'QUERIES', 'DEPTH', 'Plan',
-           'make_plan', 'chosen_options', 'change_recipe', 'start_file', 'Data', 'data_key', 'joints_key',
-           'other_images', 'open_data', 'check_switches', 'data_line', 'start', 'say_where', 'say_cost',
+           'make_plan', 'chosen_options', 'change_recipe', 'start_file', 'weights_name', 'Data', 'data_key',
+           'joints_key', 'other_images', 'open_data', 'check_switches', 'data_line', 'start', 'say_where', 'say_cost',
            'finished_record', 'changed_data', 'go_to_end', 'record_line', 'score', 'score_table', 'one_line', 'watched',
            'summary_writer', 'tensorboard_log', 'begin_record', 'end_record', 'save_weights', 'sealed_weights',
            'are_intact', 'draw', 'draw_course', 'draw_matches', 'ranked_images', 'check_machine', 'check_folder',
@@ -26,9 +26,9 @@ WHICH = {
     "root": Parameter(str, optional=True),
     "method": Parameter(str),  # `method_class` knows them
     "preset": Parameter(str, options=("auto", "paper", "text", "pocket")),
-    "trial": Parameter(int, low=1, high=10),
+    "split": Parameter(int, low=1, high=10),
     "gallery": Parameter(str, options=("random", "official")),
-    "noise": Parameter(float, low=0.0, high=1.0),
+    "label_noise": Parameter(float, low=0.0, high=1.0),
     "seed": Parameter(int, low=0, high=2**64 - 1),  # as torch has it
 }
 CHANGES = {
@@ -73,8 +73,8 @@ PARAMETERS = WHICH | CHANGES | SWITCHES | HOW
 
 # %% ../nbs/25_runs.ipynb #b2241ef5
 DEFAULTS: dict[str, Any] = {name: None for name in PARAMETERS} | {
-    "dataset": "pocket-regdb", "method": "afen", "preset": "auto", "trial": 1,
-    "gallery": "random", "noise": 0.0, "seed": 0, "options": {}, "rerank": False,
+    "dataset": "pocket-regdb", "method": "afen", "preset": "auto", "split": 1,
+    "gallery": "random", "label_noise": 0.0, "seed": 0, "options": {}, "rerank": False,
     "device": "auto", "compile": False, "resume": True,
 }  # fmt: skip
 
@@ -89,12 +89,15 @@ OTHER_WORDS = {  # as other codes call a parameter
     "pretrained": "weights",
     "gpu": "device",
     "data_path": "root",
+    "trial": "split",
+    "noise": "label_noise",
 }
 
 # %% ../nbs/25_runs.ipynb #10da420a
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from .backbone import trunk_file, trunk_files
 from .core import check_parameters, digest, nearest, pick_device, project_root
 from .method import Method, Recipe, create, method_class
 from .records import run_id
@@ -110,6 +113,7 @@ class Plan:
     changed: tuple[str, ...]  # what departs from the method's recipe and switches
     folder: Path  # where the run leaves its things
     weights_hash: str = ""  # of the file that training starts from, if it is one
+    weights_name: str = ""  # what the parameters call it
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -119,7 +123,7 @@ class Plan:
         if recipe["module_lr"] is None:  # not there, so that names of runs stay
             del recipe["module_lr"]
         if self.weights_hash:  # what a file holds decides, not where it lies
-            recipe["weights"] = f"file:{self.weights_hash}"
+            recipe["weights"] = self.weights_name
         how = {"steps": self.given["steps"], "precision": recipe.pop("precision")}
         if chunk := self.given.get("chunk"):  # only then, so that names of runs stay
             how["chunk"] = chunk
@@ -146,12 +150,14 @@ def make_plan(given: Mapping[str, Any]) -> Plan:
         )
     options = chosen_options(p, kind, switches)
     pick_device(p["device"])  # one that is not there is refused here
-    file = start_file(recipe.weights)
-    recipe = replace(recipe, weights=str(file or recipe.weights))
+    file = start_file(recipe.weights, kind.trunk, p["seed"])
+    name = weights_name(recipe.weights, kind.trunk, file)
     changed = [k for k in changes if getattr(recipe, k) != getattr(whole, k)]
-    changed += [k for k in ("steps", "noise", "chunk") if p[k]]
+    recipe = replace(recipe, weights=str(file or recipe.weights))
+    changed += [k for k in ("steps", "label_noise", "chunk") if p[k]]
     changed += [k for k, v in options.items() if v != switches[k]]
-    plan = Plan(p, recipe, options, tuple(changed), Path(), digest(file) if file else "")
+    start = (digest(file), name) if file else ()
+    plan = Plan(p, recipe, options, tuple(changed), Path(), *start)
     folder = p["out"] or project_root() / "runs" / run_id(plan.parameters)
     return replace(plan, folder=Path(folder).expanduser())
 
@@ -166,7 +172,11 @@ def chosen_options(
     for name in named.keys() - kind.switches.keys():
         has = ", ".join(kind.switches) or "none"
         raise ValueError(f"Method {kind.name} has no {name!r}; its switches: {has}.")
-    return check_parameters({**switches, **named, **given["options"]}, kind.switches)
+    chosen = {**switches, **named, **given["options"]}
+    for name, value in chosen.items():  # single switches of a module leave its others
+        if isinstance(value, dict) and isinstance(switches.get(name), dict):
+            chosen[name] = {**switches[name], **value}
+    return check_parameters(chosen, kind.switches)
 
 
 def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
@@ -177,20 +187,38 @@ def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     return replace(recipe, **given)
 
 # %% ../nbs/25_runs.ipynb #71fd73ed
-def start_file(weights: str) -> Path | None:
+def start_file(
+    weights: str,  # "imagenet", "none", "pocket" or a path
+    trunk: str,  # the kind of the method's pocket trunks
+    seed: int,  # of the run
+) -> Path | None:
     """The file that training starts from; None if from ImageNet or from chance.
 
     Raises ValueError if it does not exist.
     """
+    if weights == "pocket":
+        return trunk_file(trunk, seed)
     if weights in ("imagenet", "none"):
         return None
     path = Path(weights).expanduser()
     if not path.is_file():
         raise ValueError(
-            f"Weights file {weights} does not exist: use imagenet, none, or the path "
-            "of a state dict."
+            f"Weights file {weights} does not exist: use imagenet, pocket, none, or the "
+            "path of a state dict."
         )
     return path
+
+
+def weights_name(weights: str, trunk: str, file: Path | None) -> str:
+    """What a run's parameters call its start: by what files hold, not where they lie.
+
+    All pocket trunks together give one name, so that runs of several seeds are one cell.
+    """
+    if file is None:
+        return weights
+    if weights == "pocket":
+        return f"pocket:{digest(*trunk_files(trunk))[:8]}"
+    return f"file:{digest(file)}"
 
 # %% ../nbs/25_runs.ipynb #009b92cc
 import warnings
@@ -284,7 +312,7 @@ def open_data(plan: Plan) -> Data:
     p = plan.given
     check_switches(plan)  # before images are read
     with warnings.catch_warnings(action="ignore"):  # what is left out is printed below
-        split = load(*(p[k] for k in ("dataset", "root", "trial", "gallery", "noise", "seed")))
+        split = load(*(p[k] for k in ("dataset", "root", "split", "gallery", "label_noise", "seed")))
     if split.rendered and not p["dataset"].startswith("pocket-"):
         print(f"{split.root} has the renderer's mark, rendered.json: status smoke.")
     for sentence in split.departures:

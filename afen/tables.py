@@ -149,7 +149,7 @@ def recipe_of(
     parameters: Mapping[str, Any],  # of a record, or of a run that is planned
 ) -> str:
     """The hash of all parameters but split and seed."""
-    varied = ("trial", "seed")
+    varied = ("split", "seed")
     return digest({k: v for k, v in parameters.items() if k not in varied})
 
 
@@ -179,15 +179,15 @@ def over_splits(
 ) -> dict[str, Any]:
     """The cell's mean, std, n, over and seeds, and whether the protocol is complete."""
     over, seeds = scores["over"].iloc[0], scores["seed"].nunique()
-    unit = "seed" if over == "galleries" and seeds > 1 else "trial"
+    unit = "seed" if over == "galleries" and seeds > 1 else "split"
     values = scores.groupby(unit)["value"].mean()
     n, std = len(values), values.std()  # of a sample; NaN for one
-    splits = scores["trial"].nunique()
+    splits = scores["split"].nunique()
     if over == "splits":
         whole = splits == NEEDED[over] and len(scores) == splits * seeds
     else:
         whole = (scores["n"] == NEEDED[over]).all()
-    if over == "galleries" and unit == "trial":
+    if over == "galleries" and unit == "split":
         n, std = scores["n"].iloc[0], scores["std"].iloc[0]
     over = "seeds" if unit == "seed" else over
     summary = {"mean": values.mean(), "std": std, "n": int(n), "over": over}
@@ -633,7 +633,7 @@ FEWEST = 4  # pairs for an interval
 class Comparison:
     """Paired differences, second minus first, in points."""
 
-    pairs: pd.DataFrame  # trial, seed, first, second, difference
+    pairs: pd.DataFrame  # split, seed, first, second, difference
     mean: float
     interval: tuple[float, float] | None  # None for fewer than FEWEST pairs
 
@@ -684,7 +684,7 @@ def _paired(
     if len({recipe_of(record["parameters"]) for record in records}) > 1:
         raise ValueError("The records of one side differ in more than split and seed.")
     table = scores_table(records).query("metric == @metric and setting == @setting")
-    return 100 * table.set_index(["trial", "seed"])["value"]
+    return 100 * table.set_index(["split", "seed"])["value"]
 
 # %% ../nbs/23_tables.ipynb #e5501876
 def seed_values(

@@ -150,7 +150,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("trial", [1, 10])
 def test_regdb_counts(regdb, trial):
-    split = load("regdb", regdb, trial=trial)
+    split = load("regdb", regdb, split=trial)
     assert (split.name, split.protocol, split.root) == ("regdb", "regdb", regdb)
     assert split.train.modality.value_counts().to_dict() == dict(visible=9, infrared=9)
     assert not set(split.train.identity) & set(split.test.identity)
@@ -162,7 +162,7 @@ def test_regdb_counts(regdb, trial):
 
 
 def test_regdb_asks_both_directions_of_one_table(regdb):
-    split = load("regdb", regdb, trial=4)
+    split = load("regdb", regdb, split=4)
     there, back = split.trials
     assert (there.setting, back.setting) == DIRECTIONS and there.number == 4
     assert set(split.test.modality[there.query]) == {"visible"}
@@ -237,7 +237,7 @@ def test_regdb_faults(regdb, fault):
 @pytest.mark.parametrize("trial", [0, 11, -1])
 def test_regdb_has_ten_trials(regdb, trial):
     with pytest.raises(ValueError, match="splits 1 to 10"):
-        load("regdb", regdb, trial=trial)
+        load("regdb", regdb, split=trial)
 
 
 def test_someone_in_training_and_in_test(regdb):
@@ -329,7 +329,7 @@ def test_official_gallery_equals_a_naive_draw(sysu):
 def test_galleries_are_the_same_in_every_call_and_leave_the_global_stream(sysu):
     random.seed(5)
     state = random.getstate()
-    first, second = load("sysu", sysu, seed=0), load("sysu", sysu, noise=0.5, seed=1)
+    first, second = load("sysu", sysu, seed=0), load("sysu", sysu, label_noise=0.5, seed=1)
     assert random.getstate() == state
     for one, other in zip(first.trials, second.trials, strict=True):
         assert np.array_equal(one.gallery, other.gallery)
@@ -480,7 +480,7 @@ def test_llcm_trials(llcm):
 
 
 def test_folder_halves_are_a_function_of_the_trial(folder):
-    splits = [load("folder", folder, trial=trial) for trial in (1, *range(1, 10))]
+    splits = [load("folder", folder, split=trial) for trial in (1, *range(1, 10))]
     pd.testing.assert_frame_equal(splits[0].train, splits[1].train)
     assert len({frozenset(split.train.identity) for split in splits}) > 1
     for split in splits:
@@ -598,7 +598,7 @@ def test_pocket_sets_are_trees(monkeypatch, regdb, sysu):
     (dict(name="sisu"), "did you mean 'sysu'"),
     (dict(name="sysu", gallery="offical"), "did you mean 'official'"),
     (dict(name="regdb", gallery="official"), "no official gallery"),
-    (dict(name="sysu", trial=2), "one training split"),
+    (dict(name="sysu", split=2), "one training split"),
 ])
 def test_choices_that_do_not_exist(tmp_path, choice, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -855,7 +855,7 @@ def test_a_folder_that_is_divided_already(tmp_path, folder):
     assert split.test.path.str.startswith("test/").all() and len(split.test) == 10
     assert verify("folder", tmp_path / "mine").found.iloc[-3:].sum() == 0
     with pytest.raises(ValueError, match="divided already"):
-        load("folder", tmp_path / "mine", trial=2)
+        load("folder", tmp_path / "mine", split=2)
     shutil.rmtree(tmp_path / "mine/test/infrared")
     with pytest.raises(FileNotFoundError, match="folder test/infrared/"):
         load("folder", tmp_path / "mine")
@@ -1053,12 +1053,12 @@ def test_unanswerable_queries_are_those_that_the_evaluation_drops(request, name)
 
 
 def test_wrong_labels_are_made_when_asked_for(regdb):
-    plain, noisy = load("regdb", regdb), load("regdb", regdb, noise=0.3, seed=2)
+    plain, noisy = load("regdb", regdb), load("regdb", regdb, label_noise=0.3, seed=2)
     assert noisy.train.identity.equals(plain.train.identity)
     assert (noisy.train.label != plain.train.label).sum() == 6
     assert noisy.train.equals(datasets.with_noise(plain, 0.3, 2).train)
     with pytest.raises(ValueError, match="two identities or more"):
-        load("regdb", regdb, noise=1.5)
+        load("regdb", regdb, label_noise=1.5)
 
 
 def test_a_setting_without_an_answer_is_refused(llcm):

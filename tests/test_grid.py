@@ -71,7 +71,7 @@ def test_the_preset_alone_leads_to_real_data():
     assert len(rows) == len(grid.runs_of(rows)) == len(grid.METHODS) * (1 + 10)
     assert {job.parameters["preset"] for job in rows} == {"paper"}
     ablation = grid.jobs("paper", ["ablation"], seeds=[0, 1])
-    places = {(job.dataset, job.trial) for job in ablation if job.group is grid.CORE}
+    places = {(job.dataset, job.split) for job in ablation if job.group is grid.CORE}
     assert places == {("sysu", 1), *(("regdb", trial) for trial in range(1, 11))}
 
 

@@ -45,7 +45,7 @@ def test_a_failed_run_is_made_again(plan):
 def test_a_page_counts_the_runs_of_its_own_recipe_only(monkeypatch):
     """Other switches, other recipes and other sets are not averaged with it."""
     given = runs.DEFAULTS | {"method": "agw", "precision": "bfloat16"}
-    other = {"stable": False}, {"epochs": 5}, {"noise": 0.2}, {"precision": "float32"}
+    other = {"stable": False}, {"epochs": 5}, {"label_noise": 0.2}, {"precision": "float32"}
     changes = [{}, {"seed": 1}, *other, {"method": "ddag"}, {"dataset": "regdb"}]
     made = []
     for i, change in enumerate(changes):

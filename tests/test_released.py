@@ -184,9 +184,9 @@ def test_the_file_name_tells_method_data_and_split(tmp_path, name, method, datas
     torch.save({"net": AGW, "epoch": 80}, tmp_path / name)
     release = released.read_release(tmp_path / name)
     assert release.methods == (method,) and release.n_identities == N
-    assert (release.dataset, release.trial, release.seed) == (dataset, trial, 0)
+    assert (release.dataset, release.split, release.seed) == (dataset, trial, 0)
     plan = released.release_plan(release, device="cpu")
-    assert plan.given["dataset"] == dataset and plan.given["trial"] == (trial or 1)
+    assert plan.given["dataset"] == dataset and plan.given["split"] == (trial or 1)
     again = released.release_plan(release, device="cpu", out=tmp_path)
     assert plan.parameters == again.parameters and plan.folder.name.startswith(dataset)
 

@@ -150,7 +150,7 @@ def test_data_weights_and_disk_are_looked_for(tmp_path, monkeypatch):
 
 
 def test_the_disk_holds_each_size_of_each_split_once():
-    one = [j for j in ROWS if j.dataset == "regdb" and j.trial == 1 and j.label == "caj"]
+    one = [j for j in ROWS if j.dataset == "regdb" and j.split == 1 and j.label == "caj"]
     ten = [j for j in ROWS if j.dataset == "regdb" and j.label == "caj"]
     both = [j for j in ROWS if j.dataset == "regdb" and j.label in ("caj", "afen")]
     packed = 8240 * 288 * 144 * 3 / 1e9

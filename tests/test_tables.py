@@ -51,8 +51,8 @@ SETTINGS = {
 }
 
 
-WHICH = {"dataset": "regdb", "method": "afen", "preset": "paper", "trial": 1, "seed": 0}
-WHICH |= {"gallery": "random", "noise": 0.0}
+WHICH = {"dataset": "regdb", "method": "afen", "preset": "paper", "split": 1, "seed": 0}
+WHICH |= {"gallery": "random", "label_noise": 0.0}
 PLANNED = [
     WHICH | {"dataset": dataset, "method": method}
     for dataset in SETTINGS
@@ -168,7 +168,7 @@ def test_without_records_nothing_is_said_of_us():
 
 def test_regdb_averages_seeds_within_splits_and_spreads_over_splits(record):
     grid = {(t, s): 60 + t + 2 * s for t in range(1, 11) for s in range(2)}
-    runs = [record(float(v), trial=t, seed=s) for (t, s), v in grid.items()]
+    runs = [record(float(v), split=t, seed=s) for (t, s), v in grid.items()]
     row = cell(table1(runs))
     splits = [(grid[t, 0] + grid[t, 1]) / 2 for t in range(1, 11)]
     assert np.isclose(row["mean"], sum(splits) / 10)
@@ -192,7 +192,7 @@ def test_sysu_spreads_over_galleries_with_one_seed_and_over_seeds_with_more(reco
 
 
 def ten(record, value, **which):
-    return [record(value, trial=t, **which) for t in range(1, 11)]
+    return [record(value, split=t, **which) for t in range(1, 11)]
 
 
 def test_verdicts(record):
@@ -215,7 +215,7 @@ def test_a_cell_that_the_paper_does_not_report_has_no_verdict(record):
 
 
 def test_failed_runs_are_counted(record):
-    failed = [record(0.0, "failed", trial=t) for t in (9, 10)]
+    failed = [record(0.0, "failed", split=t) for t in (9, 10)]
     alone = cell(table1(failed))
     assert (alone["status"], alone["verdict"]) == ("failed (2 of 2)", "inconclusive")
     among = cell(table1(ten(record, 86.0)[:8] + failed))
@@ -225,12 +225,12 @@ def test_failed_runs_are_counted(record):
 
 
 def test_partial_runs_never_give_a_verdict_nor_mix_with_whole_ones(record):
-    partial = ten(record, 86.3, status="partial", noise=0.2)
+    partial = ten(record, 86.3, status="partial", label_label_noise=0.2)
     row = cell(table1(partial))
     assert (row["status"], row["verdict"]) == ("partial", "inconclusive")
     both = cell(table1(ten(record, 70.0) + partial))
     assert (both["status"], both["mean"]) == ("full", 70)
-    other = [record(50.0, "partial", noise=x) for x in (0.2, 0.5)]
+    other = [record(50.0, "partial", label_label_noise=x) for x in (0.2, 0.5)]
     mixed = cell(table1(other))
     assert np.isnan(mixed["mean"]) and "2 recipes" in mixed["reason"]
 
@@ -238,8 +238,8 @@ def test_partial_runs_never_give_a_verdict_nor_mix_with_whole_ones(record):
 def test_runs_of_another_recipe_change_nothing(record):
     """Ablations and noise runs of a row's method, finished or failed."""
     own = ten(record, 86.0)
-    wrong = record(0.0, "failed", trial=3, noise=0.5)
-    other = [wrong, record(20.0, "partial", noise=0.2), record(20.0, precision="float32")]
+    wrong = record(0.0, "failed", split=3, label_label_noise=0.5)
+    other = [wrong, record(20.0, "partial", label_label_noise=0.2), record(20.0, precision="float32")]
     pd.testing.assert_frame_equal(table1(own), table1([*other, *own]))
     (alone,) = {cell(table1([wrong]), metric=m)["reason"] for m in ("rank1", "mAP")}
     assert alone == "no run of the row's own recipe"
@@ -253,11 +253,11 @@ def test_a_row_is_planned_by_the_grid(base):
         parameters = make_plan(DEFAULTS | {"dataset": "regdb"} | given).parameters
         return {"parameters": parameters, "reason": ""}
 
-    own = [run(trial=trial, seed=3) for trial in (1, 10)]
+    own = [run(split=trial, seed=3) for trial in (1, 10)]
     bare = run(mecs="paper_bare") | {"status": "failed"}
     assert tables.row_records([bare, *own], row_parameters) == own
     assert tables.row_records([bare], row_parameters) == []
-    changes = {"epochs": 60}, {"noise": 0.2}, {"flip": False}, {"stable": False}
+    changes = {"epochs": 60}, {"label_noise": 0.2}, {"flip": False}, {"stable": False}
     for changed in (*changes, {"precision": "bfloat16"}):
         finished = run(**changed) | {"status": "full"}
         assert tables.row_records([finished, *own], row_parameters) == own
@@ -394,7 +394,7 @@ def test_comparisons_that_mean_nothing(record):
     wrong = {
         "share no split and seed": record(50.0, seed=1),
         "different data sets": record(50.0, dataset="sysu"),
-        "more than split and seed": [one, record(50.0, noise=0.2, seed=1)],
+        "more than split and seed": [one, record(50.0, label_label_noise=0.2, seed=1)],
     }
     for words, other in wrong.items():
         with pytest.raises(ValueError, match=words):

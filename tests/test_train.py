@@ -119,7 +119,7 @@ def test_every_layout_trains_and_leaves_a_whole_run(trees, tmp_path, dataset):
         ({"dataset": "regbd"}, "did you mean 'regdb'?"),
         ({"epochs": "two"}, "Parameter epochs is 'two' (str)"),
         ({"flip": "false"}, "it must be True or False"),
-        ({"trial": 11}, "between 1 and 10"),
+        ({"split": 11}, "between 1 and 10"),
         ({"mecs_after": "layer7"}, "Unknown mecs_after 'layer7'"),
         ({"precision": "auto"}, "Unknown precision 'auto'"),
         ({"method": "caj", "mecs": "paper"}, "Method caj has no 'mecs'"),
@@ -209,7 +209,7 @@ def test_the_parameters_cell_holds_the_defaults():
 def test_a_label_that_noise_takes_away_keeps_its_output(tmp_path):
     root = write_tree("regdb", tmp_path / "tree", n_train=8, n_test=4, n_images=2)
     given = {"dataset": "regdb", "root": str(root), "out": str(tmp_path / "run")}
-    given |= {**QUICK, "noise": 0.9, "precision": "float32"}
+    given |= {**QUICK, "label_noise": 0.9, "precision": "float32"}
     for seed in range(50):  # until a label has no image left
         plan = make_plan(DEFAULTS | given | {"seed": seed})
         data = open_data(plan)

@@ -223,7 +223,7 @@ def two_runs(tree, methods, trials=(1, 1), **changes):
     config.write_text(json.dumps({"studies": "rows", "common": common}))
     every = grid.jobs("paper", ["rows"], common=common)
     found = [
-        next(j for j in every if (j.label, j.dataset, j.trial) == (method, "regdb", trial))
+        next(j for j in every if (j.label, j.dataset, j.split) == (method, "regdb", trial))
         for method, trial in zip(methods, trials)
     ]
     records = [f"data/records/{job.id}.json" for job in found]

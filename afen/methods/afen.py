@@ -9,6 +9,8 @@ __all__ = ['MECS_READINGS', 'FEM_READINGS', 'TEXT_RECIPE', 'module_factory', 'fa
 # %% ../../nbs/methods/afen.ipynb #c35f3ae6
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -33,7 +35,8 @@ def module_factory(
     for name in switches:
         nearest(name, known, f"switch of {kind.__name__}")
     if reading == "control":
-        return lambda channels: control_for(kind(channels, **switches), channels)
+        like = partial(source.from_reading, "paper", **switches)
+        return lambda channels: control_for(like(channels), channels)
     return lambda channels: source.from_reading(reading, channels, **switches)
 
 
@@ -89,7 +92,12 @@ class AFEN(CAJ):
 
     name, title = "afen", "AFEN"
     inserted = (mecs.MECS, fem.FEM, Control, NonLocal)
-    recipes: ClassVar[dict[str, Recipe]] = CAJ.recipes | {"text": TEXT_RECIPE}
+    recipes: ClassVar[dict[str, Recipe]] = {
+        name: replace(recipe, module_lr=1.0) for name, recipe in CAJ.recipes.items()
+    } | {"text": TEXT_RECIPE}
+    pocket_switches: ClassVar[dict[str, Any]] = {  # strips no longer than the map
+        "mecs_switches": {"strips": [3, 5, 9]}
+    }
     switches: ClassVar[dict[str, Parameter]] = CAJ.switches | {
         "mecs": Parameter(str, options=MECS_READINGS),
         "mecs_after": Parameter(str, options=("stem", *STAGES)),

@@ -51,9 +51,11 @@ class NonLocal(nn.Module):
 # %% ../../nbs/methods/agw.ipynb #35178815
 def nonlocal_places(depth: int, width: int) -> dict[str, ModuleFactory]:
     """Where AGW inserts non-local blocks, for `DualResNet(after=...)`; 0 is nowhere."""
-    blocks = {50: {"layer2": (2, 3), "layer3": (3, 4, 5)}}.get(
-        depth, {"layer2": (0, 1), "layer3": (0, 1)}
-    )
+    blocks = {
+        10: {"layer2": (0,), "layer3": (0,)},  # ours: it has no second
+        18: {"layer2": (0, 1), "layer3": (0, 1)},
+        50: {"layer2": (2, 3), "layer3": (3, 4, 5)},
+    }[depth]
     places = [f"{stage}.{i}" for stage, indices in blocks.items() for i in indices]
     return {place: lambda c: NonLocal(c, width or c // 2) for place in places}
 

@@ -73,7 +73,7 @@ class DART(Method):
     recipes: ClassVar[dict[str, Recipe]] = {
         "paper": Recipe(flip=False),
         "pocket": replace(
-            POCKET_RECIPE, epochs=9, length=3, warmup=1, drops=(2,), clip=7.0, flip=False
+            POCKET_RECIPE, clip=7.0, flip=False
         ),
     }
 

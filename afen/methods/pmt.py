@@ -34,7 +34,7 @@ from afen.augment import (
     place,
     to_float,
 )
-from ..backbone import MODALITIES, Head, read_state
+from ..backbone import MODALITIES, Head, read_state, trunk_file
 from ..core import Parameter, nearest
 from afen.losses import (
     batch_hard_triplet,
@@ -64,14 +64,14 @@ class OverlappingPatches(PatchEmbed):
 # %% ../../nbs/methods/pmt.ipynb #6a83ac1d
 SIZES = {  # of the transformer, in timm's words
     "base": {"patch_size": 16, "embed_dim": 768, "num_heads": 12},
-    "tiny": {"patch_size": 12, "embed_dim": 192, "num_heads": 3},
+    "tiny": {"patch_size": 8, "embed_dim": 96, "num_heads": 3, "depth": 4},
 }
 
 
 def make_vit(
     size: str,  # "base" or "tiny"
     image: tuple[int, int],  # (height, width) in pixels
-    weights: str,  # "imagenet", "none", or the path of a state dict
+    weights: str,  # "imagenet", "none", "pocket", or the path of a state dict
 ) -> VisionTransformer:
     """A transformer of overlapping patches: [B, 3, H, W] -> class token [B, C].
 
@@ -100,14 +100,16 @@ def pretrained_state(size: str, weights: str) -> dict[str, Tensor]:
     """The state dict that `weights` names."""
     if weights == "imagenet":
         return _download(size)
-    return read_state(Path(weights), "timm")
+    path = trunk_file("vit") if weights == "pocket" else Path(weights)
+    return read_state(path, "timm")
 
 # %% ../../nbs/methods/pmt.ipynb #e9aa0f93
 def _download(size: str) -> dict[str, Tensor]:
     """timm's file of ImageNet weights, kept by torch.hub, its hash checked."""
     if size != "base":
         raise ValueError(
-            f"There are no ImageNet weights for the size {size!r}: use -p weights none."
+            f"There are no ImageNet weights for the size {size!r}: use -p weights pocket "
+            "or none."
         )
     url = timm.get_pretrained_cfg(TAG).url
     try:
@@ -271,7 +273,7 @@ PAPER = Recipe(
 class PMT(Method):
     """PMT: one transformer for both modalities, grey first (rebuilt from facts)."""
 
-    name, title = "pmt", "PMT"
+    name, title, trunk = "pmt", "PMT", "vit"
     switches: ClassVar[dict[str, Parameter]] = {
         "gray": Parameter(float, low=0.0, high=1.0)  # share of the schedule in grey
     }
@@ -279,7 +281,7 @@ class PMT(Method):
     recipes: ClassVar[dict[str, Recipe]] = {
         "paper": PAPER,
         "pocket": replace(
-            POCKET_RECIPE, epochs=14, warmup=2, lr=1e-3, identities=8, size="tiny", **COMMON
+            POCKET_RECIPE, epochs=4, lr=1e-3, backbone_lr=0.5, identities=8, size="tiny", **COMMON
         ),
     }  # fmt: skip
     dataset_recipes: ClassVar[dict[str, tuple[Recipe, dict[str, Any]]]] = {

@@ -53,8 +53,8 @@ class SharedResNet(nn.Module):
 
     def __init__(
         self,
-        depth: int = 50,  # 18 or 50
-        weights: str = "imagenet",  # "imagenet", "none", or a path
+        depth: int = 50,  # one of DEPTHS
+        weights: str = "imagenet",  # "imagenet", "none", "pocket", or a path
     ):
         super().__init__()
         resnet = load_resnet(depth, weights)
