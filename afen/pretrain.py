@@ -87,7 +87,8 @@ KINDS: dict[str, tuple[type[AGW], Recipe]] = {
         ResNetBase, replace(POCKET_RECIPE, epochs=8, warmup=1, drops=(5, 7), **_START)
     ),
     "vit": (
-        TransformerBase, replace(PMT.recipes["pocket"], epochs=30, warmup=3, **_START)
+        TransformerBase,
+        replace(PMT.recipes["pocket"], epochs=12, identities=16, warmup=2, **_START),
     ),
 }  # fmt: skip
 

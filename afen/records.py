@@ -232,7 +232,7 @@ OVER = {"regdb": "splits", "sysu": "galleries", "llcm": "galleries"}
 def score_entry(
     summary: Mapping[str, Mapping[str, float]],  # metric -> mean, std (fractions)
     each: list[dict[str, float]],  # the metrics of every trial
-    protocol: str,
+    over: str,  # what the trials are: "splits", "galleries" or "test sets"
     n_queries: int,
     n_gallery: int,
 ) -> dict[str, Any]:
@@ -242,7 +242,7 @@ def score_entry(
         "std": {name: _round(value["std"]) for name, value in summary.items()},
         "each": [{name: round(v, 6) for name, v in one.items()} for one in each],
         "n": len(each),
-        "over": OVER[protocol],
+        "over": over,
         "n_queries": n_queries,
         "n_gallery": n_gallery,
     }

@@ -25,7 +25,7 @@ from .evaluation import Scores, evaluate_trials, measures, summarise
 from .method import Method, create
 from .methods.agw import nonlocal_places
 from .methods.ddag import GRAPH_HEADS
-from .records import machine, new_record, run_id, score_entry, write_record
+from .records import OVER, machine, new_record, run_id, score_entry, write_record
 from afen.runs import (
     DEFAULTS,
     Data,
@@ -309,5 +309,5 @@ def _entry(setting: str, each: list[Scores], data: Data) -> dict[str, Any]:
     trial = next(t for t in data.split.trials if setting.startswith(t.setting))
     values = [measures(scores) for scores in each]
     return score_entry(
-        summarise(each), values, data.split.protocol, each[0].n_queries, len(trial.gallery)
+        summarise(each), values, OVER[data.split.protocol], each[0].n_queries, len(trial.gallery)
     )

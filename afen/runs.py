@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'OTHER_WORDS', 'Drawn', 'QUERIES', 'DEPTH', 'Plan',
            'make_plan', 'chosen_options', 'change_recipe', 'start_file', 'weights_name', 'Data', 'data_key',
-           'joints_key', 'other_images', 'open_data', 'check_switches', 'data_line', 'start', 'say_where', 'say_cost',
-           'finished_record', 'changed_data', 'go_to_end', 'record_line', 'score', 'score_table', 'one_line', 'watched',
-           'summary_writer', 'tensorboard_log', 'begin_record', 'end_record', 'save_weights', 'sealed_weights',
-           'are_intact', 'draw', 'draw_course', 'draw_matches', 'ranked_images', 'check_machine', 'check_folder',
-           'last_record', 'fewer_epochs', 'sibling_words', 'carry_out', 'page_records', 'page_scores', 'page_curves',
-           'typed', 'main', 'injected_parameters']
+           'joints_key', 'other_images', 'open_data', 'check_switches', 'data_line', 'start', 'run_key', 'say_where',
+           'say_cost', 'finished_record', 'changed_data', 'go_to_end', 'record_line', 'score', 'score_table',
+           'one_line', 'watched', 'summary_writer', 'tensorboard_log', 'begin_record', 'end_record', 'save_weights',
+           'sealed_weights', 'are_intact', 'draw', 'draw_course', 'draw_matches', 'ranked_images', 'check_machine',
+           'check_folder', 'last_record', 'fewer_epochs', 'sibling_words', 'carry_out', 'page_records', 'page_scores',
+           'page_curves', 'typed', 'main', 'injected_parameters']
 
 # %% ../nbs/25_runs.ipynb #59e2a2e5
 from collections.abc import Iterable, Mapping
@@ -94,10 +94,11 @@ OTHER_WORDS = {  # as other codes call a parameter
 }
 
 # %% ../nbs/25_runs.ipynb #10da420a
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .backbone import trunk_file, trunk_files
+from .backbone import trunk_file
 from .core import check_parameters, digest, nearest, pick_device, project_root
 from .method import Method, Recipe, create, method_class
 from .records import run_id
@@ -151,7 +152,7 @@ def make_plan(given: Mapping[str, Any]) -> Plan:
     options = chosen_options(p, kind, switches)
     pick_device(p["device"])  # one that is not there is refused here
     file = start_file(recipe.weights, kind.trunk, p["seed"])
-    name = weights_name(recipe.weights, kind.trunk, file)
+    name = weights_name(recipe.weights, file)
     changed = [k for k in changes if getattr(recipe, k) != getattr(whole, k)]
     recipe = replace(recipe, weights=str(file or recipe.weights))
     changed += [k for k in ("steps", "label_noise", "chunk") if p[k]]
@@ -201,24 +202,21 @@ def start_file(
     if weights in ("imagenet", "none"):
         return None
     path = Path(weights).expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):  # which no name makes fail, however long
         raise ValueError(
-            f"Weights file {weights} does not exist: use imagenet, pocket, none, or the "
+            f"Weights file {weights:.200} does not exist: use imagenet, pocket, none, or the "
             "path of a state dict."
         )
     return path
 
 
-def weights_name(weights: str, trunk: str, file: Path | None) -> str:
+def weights_name(weights: str, file: Path | None) -> str:
     """What a run's parameters call its start: by what files hold, not where they lie.
 
-    All pocket trunks together give one name, so that runs of several seeds are one cell.
+    The pocket trunks have one name, so that runs of several seeds are one cell; which of
+    them it was is in the record.
     """
-    if file is None:
-        return weights
-    if weights == "pocket":
-        return f"pocket:{digest(*trunk_files(trunk))[:8]}"
-    return f"file:{digest(file)}"
+    return f"file:{digest(file)}" if file and weights != "pocket" else weights
 
 # %% ../nbs/25_runs.ipynb #009b92cc
 import warnings
@@ -370,7 +368,7 @@ def start(plan: Plan, data: Data) -> Run:
     run = Run(
         method, data.split.train, data.train,
         seed=p["seed"], device=pick_device(p["device"]), steps=p["steps"],
-        folder=plan.folder, key=digest(plan.parameters, data_key(data), joints_key(data)),
+        folder=plan.folder, key=run_key(plan, data),
         resume=p["resume"] and not finished, chunk=p["chunk"], compiled=p["compile"],
     )  # fmt: skip
     if p["watch"]:
@@ -385,6 +383,11 @@ def start(plan: Plan, data: Data) -> Run:
     return run
 
 # %% ../nbs/25_runs.ipynb #dd179bfb
+def run_key(plan: Plan, data: Data) -> str:
+    """The hash of all that a training depends on: parameters, data, start weights."""
+    return digest(plan.parameters, data_key(data), joints_key(data), plan.weights_hash)
+
+
 def say_where(run: Run, plan: Plan) -> None:
     """Say where a run goes on, or which runs there are beside one that begins."""
     if run.epoch:
@@ -409,6 +412,8 @@ def finished_record(plan: Plan, data: Data) -> dict[str, Any] | None:
     """
     record = last_record(plan) if plan.given["resume"] else None
     if record is None or record["status"] == "failed" or changed_data(record, data):
+        return None
+    if record.get("start_weights", {}).get("hash", "") != plan.weights_hash:
         return None
     return record if (plan.folder / "weights.safetensors").exists() else None
 
@@ -570,7 +575,8 @@ def begin_record(plan: Plan, data: Data) -> dict[str, Any]:
 import math
 
 from .ranks import processes
-from .records import machine, rounded_rows, run_status, score_entry
+from .people import POCKET_SETS
+from .records import OVER, machine, rounded_rows, run_status, score_entry
 
 
 def end_record(
@@ -624,9 +630,8 @@ def _entry(setting: str, each: list[Scores], split: Split) -> dict[str, Any]:
     """A setting's scores as the record holds them."""
     trials = [t for t in split.trials if setting.startswith(t.setting)]
     values, size = [measures(scores) for scores in each], len(trials[0].gallery)
-    return score_entry(
-        summarise(each), values, split.protocol, each[0].n_queries, size
-    )
+    over = "test sets" if split.name in POCKET_SETS else OVER[split.protocol]
+    return score_entry(summarise(each), values, over, each[0].n_queries, size)
 
 # %% ../nbs/25_runs.ipynb #be384e1e
 import json
@@ -794,9 +799,6 @@ def check_machine(plan: Plan) -> None:
     check_folder(plan)
 
 # %% ../nbs/25_runs.ipynb #9b0e21d9
-import os
-
-
 def check_folder(plan: Plan) -> None:
     """Raise OSError if the run's folder cannot be written, ValueError if it is another's."""
     above = (plan.folder, *plan.folder.absolute().parents)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .backbone import first_difference
 from .batches import PackedImages, pack
-from .core import digest, pick_device, seed_everything
+from .core import digest, pick_device, project_root, seed_everything
 from .method import Method, Recipe, create
 from .records import read_record
 from .runs import Data, Plan, are_intact, open_data, other_images
@@ -169,6 +169,8 @@ def initial_network(
     """
     recipe, start = run.plan.recipe, run.record.get("start_weights")
     if start:
+        if recipe.weights == "pocket":  # kept with the code
+            weights = weights or project_root() / "data" / "trunks" / start["file"]
         _check_start(start, weights)
         recipe = replace(recipe, weights=str(weights))
     seed_everything(run.plan.given["seed"])

@@ -23,9 +23,9 @@ NOTEBOOKS = sorted(
 ROOMS = [
     "core", "people", "datasets", "batches", "augment", "joints", "corruptions",
     "backbone", "blocks",
-    "mecs", "fem", "losses", "method", "ranks", "methods", "evaluation", "training",
-    "records", "tables", "figures", "runs", "grid", "trained", "probes", "claims", "verdicts",
-    "findings", "maps", "retrieval", "export", "released", "report", "cli",
+    "mecs", "fem", "losses", "method", "ranks", "verdicts", "methods", "evaluation",
+    "training", "records", "tables", "figures", "runs", "grid", "trained", "probes", "claims",
+    "findings", "maps", "retrieval", "export", "released", "report", "cli", "pretrain",
 ]  # fmt: skip
 
 

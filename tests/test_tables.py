@@ -17,8 +17,8 @@ from afen import grid, tables
 from afen.claims import findings
 from afen.core import digest
 from afen.probes import load_probes
-from afen.records import fingerprint, load_records, new_record, run_id, score_entry
-from afen.records import write_record
+from afen.records import OVER, fingerprint, load_records, new_record, run_id
+from afen.records import score_entry, write_record
 from afen.runs import DEFAULTS, make_plan
 from afen.tables import (
     CELL,
@@ -81,7 +81,7 @@ def record(base):
         protocol = parameters["dataset"].removeprefix("pocket-")
         summary = {name: {"mean": value / 100, "std": std} for name in METRIC_TITLES}
         each = [dict.fromkeys(METRIC_TITLES, value / 100)] * galleries
-        entry = score_entry(summary, each, protocol, n_queries=9, n_gallery=9)
+        entry = score_entry(summary, each, OVER[protocol], n_queries=9, n_gallery=9)
         scores = {} if status == "failed" else dict.fromkeys(SETTINGS[protocol], entry)
         named = {"id": run_id(parameters), "parameters_hash": digest(parameters)}
         made = base | named | {"parameters": parameters}

@@ -18,7 +18,7 @@ from test_tables import differing
 from afen import grid
 from afen.core import digest
 from afen.people import write_tree
-from afen.records import fingerprint, new_record, read_record, score_entry
+from afen.records import OVER, fingerprint, new_record, read_record, score_entry
 from afen.tables import write_block
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +67,7 @@ def finish(job, folder):
     layout = job.dataset.removeprefix("pocket-")
     names = (*grid.METRICS, "rank5")
     mean = {name: {"mean": 0.5, "std": None} for name in names}
-    entry = score_entry(mean, [dict.fromkeys(names, 0.5)], layout, 9, 9)
+    entry = score_entry(mean, [dict.fromkeys(names, 0.5)], OVER[layout], 9, 9)
     record = begun(job.dataset) | {"id": job.id, "status": "smoke", "reason": "made up"}
     record |= {"parameters": dict(job.parameters), "parameters_hash": digest(job.parameters)}
     record |= {"scores": dict.fromkeys(grid.SETTINGS[layout], entry)}
