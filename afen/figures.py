@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIDTH', 'COLOURS', 'RIGHT', 'WRONG', 'STYLE', 'SMOKE', 'STRIP', 'CAPTIONS', 'SIGNS', 'Point', 'Borders', 'style',
            'canvas', 'finish', 'is_smoke', 'save', 'caption', 'loss_curves', 'learning_rate', 'cmc_table', 'cmc_curve',
-           'distance_table', 'distance_histograms', 'ranked_table', 'ranked_lists', 'seed_points', 'diagram']
+           'distance_table', 'distance_histograms', 'ranked_table', 'ranked_lists', 'seed_points', 'effects', 'diagram']
 
 # %% ../nbs/24_figures.ipynb #d94e0887
 from collections.abc import Iterator, Mapping, Sequence
@@ -457,6 +457,53 @@ def _name_rows(
     axes.tick_params(axis="y", length=0)
     for tick, y in zip(axes.get_yticklabels(), names):
         tick.set_weight("bold" if y in headings.values() else "normal")
+
+# %% ../nbs/24_figures.ipynb #24ef0002
+@style()
+def effects(
+    family: pd.DataFrame,  # dataset, label, reference, mean, low, high (`grid.group_verdicts`)
+    points: pd.DataFrame,  # scores [points], by dataset; one column per label
+    smoke: bool = False,  # mark the figure: its data are rendered
+) -> Figure:
+    """One row per comparison, a panel for each data set; grey within one point of zero."""
+    sets = list(family.dataset.unique())
+    lines = max((family.dataset == name).sum() for name in sets)
+    figure = canvas(0.24 * lines + 0.7, smoke)
+    grid = figure.subplots(1, len(sets), squeeze=False).flat
+    for axes, name in zip(grid, sets):
+        rows = family[family.dataset == name]
+        axes.axvspan(-1, 1, color="0.92", lw=0)
+        axes.axvline(0, color="0.5", lw=0.8, ls="-", marker="")
+        for y, row in enumerate(rows.itertuples()):
+            here = points[points.index.get_level_values("dataset") == name]
+            _effect_row(axes, y, row, (here[row.label] - here[row.reference]).to_numpy(float))
+        axes.set_yticks(range(len(rows)), _effect_names(rows))
+        axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="mAP, points", title=name)
+        axes.tick_params(axis="y", length=0)
+    return finish(figure)
+
+
+def _effect_row(axes: Axes, y: int, row: Any, values: np.ndarray) -> None:
+    """The dots of a comparison, its mean and its interval."""
+    values = values[~np.isnan(values)]
+    if pd.isna(row.mean):
+        across = axes.get_yaxis_transform()
+        look = {"ha": "center", "va": "center", "size": 8, "style": "italic"}
+        axes.text(0.5, y, "not run", transform=across, color="0.4", **look)
+        return
+    plain = {"ls": "-", "marker": ""}
+    axes.plot(values, np.full(len(values), y), "o", ms=4, mfc="none", color=COLOURS[0])
+    axes.plot([row.low, row.high], [y, y], color="black", lw=1.2, **plain)
+    axes.plot([row.mean, row.mean], [y - 0.3, y + 0.3], color="black", lw=2.2, **plain)
+
+
+def _effect_names(rows: pd.DataFrame) -> list[str]:
+    """The label of each row, with its reference where it is not that of most."""
+    usual = rows.reference.mode()[0]
+    return [
+        row.label if row.reference == usual else f"{row.label}\nover {row.reference}"
+        for row in rows.itertuples()
+    ]
 
 # %% ../nbs/24_figures.ipynb #56cef2ae
 import math

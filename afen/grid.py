@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['BOTH', 'METHODS', 'ROWS', 'FULL', 'BASE', 'CORE', 'CONTROLS', 'LOSSES', 'POOLING', 'FEM_BRANCHES', 'PLACES', 'STRIPS',
            'JOINING', 'READINGS', 'RECIPE', 'NONLOCAL', 'START', 'ONE_RECIPE', 'WRONG_LABELS', 'GRID', 'STUDIES',
-           'PRESETS', 'IMAGES', 'WEIGHTS', 'METRICS', 'SETTINGS', 'COLUMNS', 'Group', 'switch_change', 'joined',
-           'Preset', 'Job', 'make_job', 'jobs', 'runs_of', 'job_lines', 'total_steps', 'step_seconds', 'step_work',
-           'step_cost', 'plan', 'cost_text', 'plan_text', 'timed_records', 'GPU', 'this_gpu', 'driver_version',
-           'gpu_records', 'gpu_costs', 'price_by_gpu', 'disk_gigabytes', 'needs_text', 'gpu_text', 'last_error',
-           'may_pass', 'keep', 'results', 'differences', 'main']
+           'PRESETS', 'IMAGES', 'WEIGHTS', 'METRICS', 'SETTINGS', 'COLUMNS', 'SHOWN', 'Group', 'switch_change',
+           'joined', 'Preset', 'Job', 'make_job', 'jobs', 'runs_of', 'job_lines', 'total_steps', 'step_seconds',
+           'step_work', 'step_cost', 'plan', 'cost_text', 'plan_text', 'timed_records', 'GPU', 'this_gpu',
+           'driver_version', 'gpu_records', 'gpu_costs', 'price_by_gpu', 'disk_gigabytes', 'needs_text', 'gpu_text',
+           'last_error', 'may_pass', 'keep', 'results', 'differences', 'run_points', 'group_verdicts', 'main']
 
 # %% ../nbs/26_grid.ipynb #58324ad7
 import argparse
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pandas as pd
 import timm
 import torch
@@ -44,6 +45,7 @@ from afen.records import (
     write_record,
 )
 from .runs import DEFAULTS, make_plan
+from .verdicts import decide_all, effect
 
 # %% ../nbs/26_grid.ipynb #b7e36352
 @dataclass(frozen=True)
@@ -765,6 +767,48 @@ def differences(
     paired = table.merge(base, on=keys, how="left", validate="many_to_one")
     difference = (paired.value - paired.base).round(6)
     return paired.assign(difference=difference).drop(columns="base")
+
+# %% ../nbs/26_grid.ipynb #26eff002
+SHOWN = (*DIRECTIONS, "all-single", "indoor-single")  # settings of Table 1
+
+
+def run_points(
+    table: pd.DataFrame,  # from `results`, with a column `dataset`
+    group: Group,
+) -> pd.DataFrame:
+    """mAP of a group's runs in points, the mean over the settings of Table 1.
+
+    One row per data set, split and seed, one column per label; NaN without all scores.
+    """
+    here = table[(table.group == group.name) & (table.metric == "mAP")]
+    here = here[here.setting.isin(SHOWN)]
+    keys = ["dataset", "split", "seed", "label"]
+    mean = here.groupby(keys, sort=False).value.agg(lambda v: v.mean(skipna=False))
+    return 100 * mean.unstack("label").reindex(columns=list(group.cells))
+
+
+def group_verdicts(
+    table: pd.DataFrame,  # from `results`, with a column `dataset`
+    group: Group,
+) -> pd.DataFrame:
+    """The family of a group: dataset, label, reference, n, mean, low, high, verdict.
+
+    Differences are in points; a comparison that lacks a run is "not run".
+    """
+    effects, rows = {}, {}
+    for dataset, points in run_points(table, group).groupby(level="dataset", sort=False):
+        for label, reference in group.comparisons():
+            values = (points[label] - points[reference]).to_numpy(float)
+            key = (dataset, label, reference)
+            rows[key] = {"n": int(np.isfinite(values).sum()), "verdict": "not run"}
+            if np.isfinite(values).all() and len(values) > 1:
+                effects[key] = effect(values)
+    judged = [decide_all(list(effects.values()))] if effects else []
+    for key, one, verdict in zip(effects, effects.values(), *judged):
+        rows[key] |= {"mean": one.mean, "low": one.low, "high": one.high, "verdict": verdict}
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.index = pd.MultiIndex.from_tuples(rows, names=["dataset", "label", "reference"])
+    return table.reindex(columns=["n", "mean", "low", "high", "verdict"]).reset_index()
 
 # %% ../nbs/26_grid.ipynb #6c83f8d9
 def main(words: Sequence[str] | None = None) -> None:
