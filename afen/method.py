@@ -97,6 +97,7 @@ class Method(nn.Module):
     dataset_recipes: ClassVar[dict[str, tuple[Recipe, dict[str, Any]]]] = {}  # see `configuration`
     needs_joints: ClassVar[bool] = False  # whether training reads a batch's joints
     draws: ClassVar[int] = 1  # the sampler's batches in one step
+    resnet: ClassVar[bool] = True  # whether the backbone is one, as deep as `Recipe.depth`
     inserted: ClassVar[tuple[type[nn.Module], ...]] = ()  # kinds that learn at `module_lr`
     weighted_triplet: ClassVar[bool] = False  # whether `losses` weighs triplets as AGW does
 

@@ -271,7 +271,7 @@ PAPER = Recipe(
 class PMT(Method):
     """PMT: one transformer for both modalities, grey first (rebuilt from facts)."""
 
-    name, title = "pmt", "PMT"
+    name, title, resnet = "pmt", "PMT", False
     switches: ClassVar[dict[str, Parameter]] = {
         "gray": Parameter(float, low=0.0, high=1.0)  # share of the schedule in grey
     }
