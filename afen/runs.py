@@ -321,7 +321,10 @@ def dropped_line(split: Split) -> str:
     return f"Queries without a match, which the protocol leaves out: {words}.\n" if words else ""
 
 # %% ../nbs/25_runs.ipynb #58dc7ece
-def open_data(plan: Plan) -> Data:
+def open_data(
+    plan: Plan,
+    say: bool = True,  # print what departs and what is left out; a record has it
+) -> Data:
     """Load the split, make labels wrong if asked to, pack images at the recipe's size.
 
     A copy that is not whole, or has equal images of two people, of both modalities or of
@@ -334,16 +337,23 @@ def open_data(plan: Plan) -> Data:
     check_switches(plan)  # before images are read
     with warnings.catch_warnings(action="ignore"):  # what is left out is printed below
         split = load(*(p[k] for k in ("dataset", "root", "trial", "gallery", "noise", "seed")))
-    if split.rendered and not p["dataset"].startswith("pocket-"):
-        print(f"{split.root} has the renderer's mark, rendered.json: status smoke.")
-    _warn(split.departures)
-    print(dropped_line(split), end="")
+    if say:
+        _say_split(split)
     train, test = _pack_both(split, (plan.recipe.height, plan.recipe.width))
     equal = equal_departures(split, train, test)
-    _warn(equal)
+    if say:
+        _warn(equal)
     if method_class(p["method"]).needs_joints:
         split = with_joints(split, train, pick_device(p["device"]))
     return Data(split, train, test, split.rendered, split.departures + equal)
+
+
+def _say_split(split: Split) -> None:
+    """Print what is unusual of a split, before its images are packed."""
+    if split.rendered and not split.name.startswith("pocket-"):
+        print(f"{split.root} has the renderer's mark, rendered.json: status smoke.")
+    _warn(split.departures)
+    print(dropped_line(split), end="")
 
 
 def _warn(sentences: Iterable[str]) -> None:

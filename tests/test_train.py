@@ -112,7 +112,7 @@ def test_every_layout_trains_and_leaves_a_whole_run(trees, tmp_path, dataset):
     assert "Rank-1" in said and "report.html" in book.cells[-1].outputs[-1]["text"]
     assert "\r" not in said and len(said.splitlines()) < 40  # no bar, as it is no terminal
     assert [f"epoch={epoch}, " in said for epoch in range(3)] == [True, True, False]
-    assert ("\nQueries without a match, " in said) == (dataset == "sysu")
+    assert said.count("\nQueries without a match, ") == (dataset == "sysu")
     assert (run / "report.html").stat().st_size < 5e6
 
 
