@@ -186,7 +186,7 @@ def chosen_options(
 def check_changes(given: Mapping[str, Any], kind: type[Method], recipe: Recipe) -> None:
     """Raise ValueError for a parameter that would change nothing of the method."""
     reasons = {
-        "depth": "" if kind.resnet else "has no ResNet",
+        "depth": "" if kind.trunk == "resnet" else "has no ResNet",
         "module_lr": "" if kind.inserted else "inserts no modules into its backbone",
         "nesterov": "" if recipe.optimiser == "sgd"
         else f"is trained by {recipe.optimiser}, without Nesterov's momentum",

@@ -461,7 +461,7 @@ def test_what_people_type_changes_the_recipe(given, changes):
     assert set(plan.changed) == set(changes) and plan.folder != plain.folder
 
 
-@pytest.mark.parametrize("name", [n for n in method_names() if method_class(n).resnet])
+@pytest.mark.parametrize("name", [n for n in method_names() if method_class(n).trunk == "resnet"])
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_a_method_with_a_resnet_is_built_in_every_depth(name, depth):
     given = runs.DEFAULTS | {"method": name, "weights": "none", "device": "cpu"}
