@@ -770,7 +770,8 @@ def extent_panel(along: str) -> Panel:
         ways = table.kernel.map(strip_taps)
         table = table.assign(taps=ways.str[1])[ways.str[0] == along]
         lines(axes, table.sort_values("state"), "taps", "seen", "state")
-        axes.set(xlabel="taps", ylabel="extent" if along == "height" else "")
+        axes.set(xlabel="taps", xticks=sorted(table.taps.unique()))
+        axes.set_ylabel("extent" if along == "height" else "")
 
     return panel
 
@@ -923,6 +924,7 @@ def whole_drawing(evidence: Evidence) -> Drawing:
     about = "mAP of AFEN, its parts and a control, trained on one set, tested on itself and on "
     about += "the strangers" if smoke else "the other"
     about += ". No run is left out, and all dots are drawn alike. "
+    about += "Each seed has a trunk of its own. " * smoke
     seeds = evidence.cells.seed.nunique()
     about += figures.caption("seed_points", " and ".join(evidence.sets), seeds)
     return Drawing("whole", figure, points, about)

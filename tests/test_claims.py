@@ -1,5 +1,6 @@
 """The claims: the rule against cases, measures by hand, findings of made-up runs."""
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -9,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from afen import claims, grid
 from afen.probes import BANDS, load_probes
@@ -373,3 +375,22 @@ def test_claims_without_a_record_are_not_run(tmp_path):
     assert set(said.claim) == {1, 2, 3, 4, 5, 6} and set(said.verdict) == {"not run"}
     text = (tmp_path / "smoke_claims_gap.svg").read_text()
     assert "not run" in text and "0 trunks on pocket-regdb" in text
+
+
+def test_the_page_works_with_made_up_runs(ablation, monkeypatch, tmp_path):
+    evidence, _ = ablation
+    shown = []
+    monkeypatch.setattr("afen.records.load_records", lambda folder: evidence.records)
+    monkeypatch.setattr("afen.probes.load_probes", lambda folder: evidence.probes)
+    monkeypatch.setattr("IPython.display.display", lambda *some: shown.extend(some))
+    page: dict = {}
+    for cell in json.loads((ROOT / "nbs" / "claims.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), page)
+        if "parameters" in cell["metadata"].get("tags", []):
+            page["out"] = str(tmp_path)
+    plt.close("all")
+    assert sum(isinstance(one, Figure) for one in shown) == len(DRAWINGS) + 1  # and Rank-1
+    said = pd.read_csv(tmp_path / "smoke_claims.csv")
+    assert len(said) == said.test.nunique() and set(said.claim) == set(claims.CLAIMS)
+    assert (tmp_path / "smoke_claims_gap.svg").exists()
