@@ -6,7 +6,7 @@
 __all__ = ['CHUNK', 'PIXELS', 'AHEAD', 'SortedRows', 'sort_rows', 'draw_rows', 'draw_distinct_rows', 'IdentitySampler',
            'check_sampler', 'Decoded', 'is_deep', 'decode', 'reason', 'try_decode', 'decode_all', 'unreadable',
            'file_parts', 'write_checked', 'is_intact', 'PackedImages', 'read_rows', 'file_hash', 'content_key', 'pack',
-           'check_request', 'Batch', 'joints_of', 'send', 'make_batch', 'batches']
+           'check_request', 'equal_rows', 'Batch', 'joints_of', 'send', 'make_batch', 'batches']
 
 # %% ../nbs/03_batches.ipynb #96d98ad8
 import io
@@ -428,6 +428,19 @@ def check_request(root: Path, paths: Sequence[str], size: tuple[int, ...]) -> No
         raise ValueError(f"No images to pack under {root}: the list of paths is empty.")
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"Image size {size} is not (height, width), as in (288, 144).")
+
+# %% ../nbs/03_batches.ipynb #b1c5e002
+def equal_rows(*packs: PackedImages) -> np.ndarray:
+    """A digest for each image that another one equals, "" for others: str [N].
+
+    The rows are those of all packs, one after the other.
+    """
+    images = [image for pack in packs for image in np.asarray(pack.images)]
+    lines = pd.Series([image[len(image) // 2].tobytes() for image in images])
+    digests = pd.Series("", index=lines.index)
+    for row in np.flatnonzero(lines.duplicated(keep=False)):
+        digests[row] = digest(images[row])
+    return digests.where(digests.duplicated(keep=False), "").to_numpy(str)
 
 # %% ../nbs/03_batches.ipynb #dbb10e9a
 @dataclass

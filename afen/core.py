@@ -201,7 +201,7 @@ class Parameter:
     """What one notebook parameter may be: its type, its options or its range."""
 
     kind: type  # bool, int, float, str or dict
-    options: tuple[str, ...] = ()  # for str: the known values, any if empty
+    options: tuple[str | int, ...] = ()  # the known values, any if empty
     low: float | None = None  # smallest value allowed
     high: float | None = None  # largest value allowed
     optional: bool = False  # whether it may be None: as in the recipe
@@ -223,24 +223,26 @@ def check_value(
     if kind is float and (type(value) is int or text):
         value = float(value)
     if type(value) is not kind or (kind is float and np.isinf(value)):
-        raise ValueError(_wrong_type(name, value, kind))
-    if kind is str and parameter.options:
-        return nearest(fold_case(value, parameter.options), parameter.options, name)
+        raise ValueError(_wrong_type(name, value, parameter))
+    if parameter.options:
+        words = {str(option): option for option in parameter.options}
+        return words[nearest(fold_case(str(value), words), words, name)]
     if not _within(value, parameter.low, parameter.high):
         allowed = _range(parameter.low, parameter.high)
         raise ValueError(f"Parameter {name} is {value}: it must be {allowed}.")
     return value
 
 # %% ../nbs/00_core.ipynb #eaa89078
-def _wrong_type(name: str, value: Any, kind: type) -> str:
+def _wrong_type(name: str, value: Any, parameter: Parameter) -> str:
     """The sentence for a value of the wrong type, with papermill's spelling."""
+    number = next(iter(parameter.options), 3)
     words, example = {
         bool: ("True or False", f"-p {name} True"),
-        int: ("a whole number", f"-p {name} 3"),
+        int: ("a whole number", f"-p {name} {number}"),
         float: ("a number", f"-p {name} 0.5"),
         str: ("text", f"-r {name} {value}"),
         dict: ("a mapping", f"-y '{{{name}: {{key: value}}}}'"),
-    }[kind]
+    }[parameter.kind]
     return (
         f"Parameter {name} is {value!r} ({type(value).__name__}): it must be "
         f"{words}, for example {example}."

@@ -11,9 +11,9 @@ __all__ = ['MODALITIES', 'IMAGE_COLUMNS', 'Parts', 'SOURCES', 'NAMES', 'IMAGE_SU
            'cells_unlike', 'file_numbers', 'sysu_trials', 'read_sysu', 'llcm_trials', 'read_llcm', 'check_order',
            'list_folder', 'number_names', 'other_files', 'read_folder', 'read_joints', 'unanswerable', 'in_sets',
            'part_of', 'check_split', 'read_split', 'count_indices', 'regdb_lines', 'count_regdb', 'count_sysu',
-           'count_llcm', 'count_folder', 'count_tree', 'read_splits', 'count_unanswerable', 'equal_images',
-           'count_equal', 'Report', 'compare_counts', 'verify', 'count_departures', 'with_noise', 'check_choices',
-           'load', 'summary']
+           'count_llcm', 'count_folder', 'count_tree', 'read_splits', 'dropped_queries', 'count_unanswerable',
+           'equal_images', 'image_table', 'count_equal', 'Report', 'compare_counts', 'verify', 'count_departures',
+           'with_noise', 'check_choices', 'load', 'summary']
 
 # %% ../nbs/02_datasets.ipynb #aa2f5fe2
 import hashlib
@@ -1266,13 +1266,19 @@ def read_splits(name: str, listing: Listing) -> tuple[list[Split], list[str]]:
     return splits, refused
 
 # %% ../nbs/02_datasets.ipynb #815903f6
-def count_unanswerable(splits: Iterable[Split]) -> Counts:
-    """Queries without a match: the most of any trial, and by setting in the note."""
+def dropped_queries(splits: Iterable[Split]) -> dict[str, int]:
+    """Queries without a match that they may see, by setting: the most of any trial."""
     dropped: dict[str, int] = {}
     for split in splits:
         for trial in split.trials:
             n = unanswerable(trial, split.test, split.protocol)
             dropped[trial.setting] = max(n, dropped.get(trial.setting, 0))
+    return dropped
+
+
+def count_unanswerable(splits: Iterable[Split]) -> Counts:
+    """Queries without a match: the most of any trial, and by setting in the note."""
+    dropped = dropped_queries(splits)
     note = ", ".join(f"{n} in {setting}" for setting, n in dropped.items() if n)
     return {"queries without a match": (max(dropped.values(), default=0), note)}
 
@@ -1296,24 +1302,32 @@ def equal_images(
     return alike[alike.digest.duplicated(keep=False) & (alike.digest != "")]
 
 # %% ../nbs/02_datasets.ipynb #d5d2c4b9
-def count_equal(listing: Listing, splits: Iterable[Split]) -> Counts:
-    """Equal images of two people, of both modalities, and of training and test."""
+def image_table(splits: Iterable[Split]) -> pd.DataFrame:
+    """Every image of the splits once, with `IMAGE_COLUMNS`."""
     tables = [table[IMAGE_COLUMNS] for s in splits for table in (s.train, s.test)]
-    images = pd.concat([pd.DataFrame(columns=IMAGE_COLUMNS), *tables]).drop_duplicates("path")
-    equal = equal_images(listing, images)
-    groups, digest = equal.groupby("digest"), equal.set_index("path").digest
-    mixed = {
-        column: [rows.path.tolist() for _, rows in groups if rows[column].nunique() > 1]
-        for column in ("identity", "modality")
-    }
-    both = [
-        {*s.train.path.map(digest).dropna()} & {*s.test.path.map(digest).dropna()} for s in splits
-    ]
-    across = [groups.get_group(d).path.tolist() for d in sorted(set().union(*both))]
-    named = {"equal images of two people": mixed["identity"],
-             "equal images of both modalities": mixed["modality"],
+    return pd.concat([pd.DataFrame(columns=IMAGE_COLUMNS), *tables]).drop_duplicates("path")
+
+
+def _mixed(equal: pd.DataFrame, column: str) -> dict[str, str]:
+    """Digests that stand beside two values of a column, and a path beside either."""
+    firsts = equal.dropna(subset=column).drop_duplicates(["digest", column])
+    paths = firsts.groupby("digest", sort=False).path.agg(list)
+    return {digest: " = ".join(some[:2]) for digest, some in paths.items() if len(some) > 1}
+
+
+def count_equal(
+    equal: pd.DataFrame,  # images with an equal one: IMAGE_COLUMNS and digest
+    splits: Iterable[Split],  # that they are of
+) -> Counts:
+    """Equal images of two people, of both modalities, and of training and test."""
+    across: dict[str, str] = {}
+    for split in splits:
+        halves = dict.fromkeys(split.train.path, 0) | dict.fromkeys(split.test.path, 1)
+        across = _mixed(equal.assign(half=equal.path.map(halves)), "half") | across
+    named = {"equal images of two people": _mixed(equal, "identity"),
+             "equal images of both modalities": _mixed(equal, "modality"),
              "equal images in training and test": across}  # fmt: skip
-    return {what: _tally(" = ".join(paths) for paths in cases) for what, cases in named.items()}
+    return {what: _tally(pairs.values()) for what, pairs in named.items()}
 
 # %% ../nbs/02_datasets.ipynb #d277ac23
 class Report(pd.DataFrame):
@@ -1331,6 +1345,15 @@ class Report(pd.DataFrame):
         if not wrong:
             return "complete"
         return f"not complete: {wrong} of {len(self)} counts are not as they should be"
+
+    @property
+    def departures(self) -> tuple[str, ...]:
+        """A sentence for each count that is not as it should be."""
+        return tuple(
+            f"{row.what}: {row.found} in this copy, {row.expected} published"
+            if row.expected else f"{row.what}: {row.found} ({row.note})"
+            for row in self[~self.ok].itertuples()
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         lines = [f"{'what':40} {'expected':>8} {'found':>8}"]
@@ -1374,7 +1397,7 @@ def verify(
     listing = list_tree(find_root(name, root))
     splits, refused = read_splits(name, listing)
     counts = count_tree(name, listing) | count_unanswerable(splits)
-    counts |= count_equal(listing, splits)
+    counts |= count_equal(equal_images(listing, image_table(splits)), splits)
     counts["splits that cannot be loaded"] = len(refused), next(iter(refused), "")
     return compare_counts(name, counts, rules_only=name.startswith("pocket-"))
 
@@ -1385,12 +1408,7 @@ def count_departures(name: str, listing: Listing, split: Split) -> tuple[str, ..
     A rendered tree is held to the rules only.
     """
     counts = count_tree(name, listing) | count_unanswerable([split])
-    report = compare_counts(name, counts, rules_only=split.rendered)
-    return tuple(
-        f"{row.what}: {row.found} in this copy, {row.expected} published"
-        if row.expected else f"{row.what}: {row.found} ({row.note})"
-        for row in report[~report.ok].itertuples()
-    )  # fmt: skip
+    return compare_counts(name, counts, rules_only=split.rendered).departures
 
 # %% ../nbs/02_datasets.ipynb #90840850
 def with_noise(

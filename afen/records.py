@@ -156,7 +156,8 @@ def fingerprint(record: Mapping[str, Any]) -> str:
 def run_id(parameters: Mapping[str, Any]) -> str:
     """A short name for a run: what it is, then eight digits of its parameters' hash."""
     p = parameters
-    name = f"{p['dataset']}-{p['method']}-{p['preset']}-t{p['split']}-s{p['seed']}"
+    split = p["split"] if "split" in p else p["trial"]  # its name in earlier records
+    name = f"{p['dataset']}-{p['method']}-{p['preset']}-t{split}-s{p['seed']}"
     return f"{name}-{digest(dict(p))[:8]}"
 
 # %% ../nbs/22_records.ipynb #920f9dc0

@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'OTHER_WORDS', 'Drawn', 'QUERIES', 'DEPTH', 'Plan',
-           'make_plan', 'chosen_options', 'change_recipe', 'start_file', 'weights_name', 'Data', 'data_key',
-           'joints_key', 'other_images', 'open_data', 'check_switches', 'data_line', 'start', 'run_key', 'say_where',
-           'say_cost', 'finished_record', 'changed_data', 'go_to_end', 'record_line', 'score', 'score_table',
-           'one_line', 'watched', 'summary_writer', 'tensorboard_log', 'begin_record', 'end_record', 'save_weights',
-           'sealed_weights', 'are_intact', 'draw', 'draw_course', 'draw_matches', 'ranked_images', 'check_machine',
-           'check_folder', 'last_record', 'fewer_epochs', 'sibling_words', 'carry_out', 'page_records', 'page_scores',
-           'page_curves', 'typed', 'main', 'injected_parameters']
+           'make_plan', 'chosen_options', 'check_changes', 'change_recipe', 'start_file', 'weights_name', 'Data',
+           'data_key', 'joints_key', 'other_images', 'equal_departures', 'dropped_line', 'open_data', 'check_switches',
+           'data_line', 'start', 'run_key', 'say_where', 'say_cost', 'finished_record', 'changed_data', 'go_to_end',
+           'record_line', 'score', 'score_table', 'one_line', 'watched', 'summary_writer', 'tensorboard_log',
+           'begin_record', 'end_record', 'save_weights', 'sealed_weights', 'are_intact', 'draw', 'draw_course',
+           'draw_matches', 'ranked_images', 'check_machine', 'check_folder', 'last_record', 'fewer_epochs',
+           'sibling_words', 'carry_out', 'page_records', 'page_scores', 'page_curves', 'typed', 'main',
+           'injected_parameters']
 
 # %% ../nbs/25_runs.ipynb #59e2a2e5
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .backbone import DEPTHS
 from .core import Parameter, assigned_names, injected_cell, papermill_command
 from .datasets import NAMES
-from .training import PRECISIONS
+from .training import OPTIMISERS, PRECISIONS
 
 # %% ../nbs/25_runs.ipynb #74ff377b
 WHICH = {
@@ -37,6 +39,8 @@ CHANGES = {
     "images": Parameter(int, low=2, optional=True),
     "height": Parameter(int, low=32, high=4096, optional=True),
     "width": Parameter(int, low=16, high=4096, optional=True),
+    "depth": Parameter(int, options=tuple(DEPTHS), optional=True),
+    "optimiser": Parameter(str, options=tuple(OPTIMISERS), optional=True),
     "weight_decay": Parameter(float, low=0.0, optional=True),
     "lr": Parameter(float, low=0.0, optional=True),
     "backbone_lr": Parameter(float, low=0.0, optional=True),
@@ -82,6 +86,9 @@ DEFAULTS: dict[str, Any] = {name: None for name in PARAMETERS} | {
 OTHER_WORDS = {  # as other codes call a parameter
     "batch_size": "identities images",
     "batchsize": "identities images",
+    "backbone": "depth",
+    "arch": "depth",
+    "optim": "optimiser",
     "img_h": "height",
     "img_w": "width",
     "wd": "weight_decay",
@@ -144,11 +151,7 @@ def make_plan(given: Mapping[str, Any]) -> Plan:
     nearest(p["preset"], kind.recipes, f"preset of {kind.name}")
     whole, switches = kind.configuration(p["preset"], p["dataset"])
     recipe = change_recipe(whole, changes)
-    if recipe.module_lr is not None and not kind.inserted:
-        raise ValueError(
-            f"Method {kind.name} inserts no modules into its backbone: leave out "
-            "-p module_lr."
-        )
+    check_changes(p, kind, recipe)
     options = chosen_options(p, kind, switches)
     pick_device(p["device"])  # one that is not there is refused here
     file = start_file(recipe.weights, kind.trunk, p["seed"])
@@ -178,6 +181,19 @@ def chosen_options(
         if isinstance(value, dict) and isinstance(switches.get(name), dict):
             chosen[name] = {**switches[name], **value}
     return check_parameters(chosen, kind.switches)
+
+
+def check_changes(given: Mapping[str, Any], kind: type[Method], recipe: Recipe) -> None:
+    """Raise ValueError for a parameter that would change nothing of the method."""
+    reasons = {
+        "depth": "" if kind.trunk == "resnet" else "has no ResNet",
+        "module_lr": "" if kind.inserted else "inserts no modules into its backbone",
+        "nesterov": "" if recipe.optimiser == "sgd"
+        else f"is trained by {recipe.optimiser}, without Nesterov's momentum",
+    }  # fmt: skip
+    for name, reason in reasons.items():
+        if reason and given[name] is not None:
+            raise ValueError(f"Method {kind.name} {reason}: leave out -p {name}.")
 
 
 def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
@@ -221,10 +237,20 @@ def weights_name(weights: str, file: Path | None) -> str:
 # %% ../nbs/25_runs.ipynb #009b92cc
 import warnings
 
+import pandas as pd
 import torch
 
-from .batches import PackedImages, pack
-from .datasets import JOINT_COLUMNS, Split, load, summary  # `train` shows the last
+from .batches import PackedImages, equal_rows, pack
+from afen.datasets import (
+    IMAGE_COLUMNS,
+    JOINT_COLUMNS,
+    Split,
+    compare_counts,
+    count_equal,
+    dropped_queries,
+    load,
+    summary,  # `train` shows it
+)
 from .joints import with_joints
 
 
@@ -236,7 +262,7 @@ class Data:
     train: PackedImages  # row for row with split.train
     test: PackedImages  # row for row with split.test
     rendered: bool  # whether `people` made them
-    departures: tuple[str, ...] = ()  # where the copy departs from the published counts
+    departures: tuple[str, ...] = ()  # from the published counts, and equal images
 
     def describe(self, key: str) -> dict[str, Any]:
         """What a record says of the data."""
@@ -251,6 +277,7 @@ class Data:
             "train_identities": int(train.identity.nunique()),
             "test_images": len(test),
             "test_identities": int(test.identity.nunique()),
+            "queries_without_match": dropped_queries([self.split]),
         }
 
 # %% ../nbs/25_runs.ipynb #f75d3d24
@@ -298,11 +325,37 @@ def _pack_both(
         raise ValueError("\n".join(errors))
     return packed
 
+# %% ../nbs/25_runs.ipynb #58dc7ec2
+def equal_departures(split: Split, train: PackedImages, test: PackedImages) -> tuple[str, ...]:
+    """A sentence for each kind of equal packed images that `verify` counts in files."""
+    images = pd.concat([split.train, split.test])[IMAGE_COLUMNS]
+    images = images.assign(digest=equal_rows(train, test))
+    counts = count_equal(images[images.digest != ""], [split])
+    return compare_counts(split.name, counts).departures
+
+
+def dropped_line(split: Split) -> str:
+    """A line on the queries without a match that they may see; "" if there are none.
+
+    They are no departure, and a full run stays full: SYSU-MM01 as published has such queries
+    in indoor search, and its rule and LLCM's leave them out of every score. Where their
+    number is published, a copy with another departs by it (`datasets.PUBLISHED`). Under
+    RegDB's rule a query sees all of the gallery; one without a match is a departure.
+    """
+    sizes = {trial.setting: len(trial.query) for trial in split.trials}
+    dropped = dropped_queries([split]) if split.protocol != "regdb" else {}
+    words = ", ".join(f"{n} of {sizes[s]} in {s}" for s, n in dropped.items() if n)
+    return f"Queries without a match, which the protocol leaves out: {words}.\n" if words else ""
+
 # %% ../nbs/25_runs.ipynb #58dc7ece
-def open_data(plan: Plan) -> Data:
+def open_data(
+    plan: Plan,
+    say: bool = True,  # print what departs and what is left out; a record has it
+) -> Data:
     """Load the split, make labels wrong if asked to, pack images at the recipe's size.
 
-    A copy that is not whole is used, after a warning. Joints are detected where the method
+    A copy that is not whole, or has equal images of two people, of both modalities or of
+    training and test, is used after a warning. Joints are detected where the method
     needs them and the data have none. Raises FileNotFoundError when data or detector are not
     there, ValueError when a switch of a module is wrong or an image cannot be read; each
     says what to do.
@@ -311,14 +364,29 @@ def open_data(plan: Plan) -> Data:
     check_switches(plan)  # before images are read
     with warnings.catch_warnings(action="ignore"):  # what is left out is printed below
         split = load(*(p[k] for k in ("dataset", "root", "split", "gallery", "label_noise", "seed")))
-    if split.rendered and not p["dataset"].startswith("pocket-"):
-        print(f"{split.root} has the renderer's mark, rendered.json: status smoke.")
-    for sentence in split.departures:
-        print(f"warning: {sentence}")
+    if say:
+        _say_split(split)
     train, test = _pack_both(split, (plan.recipe.height, plan.recipe.width))
+    equal = equal_departures(split, train, test)
+    if say:
+        _warn(equal)
     if method_class(p["method"]).needs_joints:
         split = with_joints(split, train, pick_device(p["device"]))
-    return Data(split, train, test, split.rendered, split.departures)
+    return Data(split, train, test, split.rendered, split.departures + equal)
+
+
+def _say_split(split: Split) -> None:
+    """Print what is unusual of a split, before its images are packed."""
+    if split.rendered and not split.name.startswith("pocket-"):
+        print(f"{split.root} has the renderer's mark, rendered.json: status smoke.")
+    _warn(split.departures)
+    print(dropped_line(split), end="")
+
+
+def _warn(sentences: Iterable[str]) -> None:
+    """Print each as a warning."""
+    for sentence in sentences:
+        print(f"warning: {sentence}")
 
 
 def check_switches(plan: Plan) -> None:
@@ -344,7 +412,6 @@ def data_line(data: Data) -> str:
     return f"{says['name']}: {', '.join(halves)}, {len(data.split.trials)} trials"
 
 # %% ../nbs/25_runs.ipynb #f75d3d22
-import pandas as pd
 from safetensors.torch import load as load_tensors
 
 from .backbone import first_difference, not_finite

@@ -149,7 +149,7 @@ def run_data(
 
     Raises what `runs.open_data` raises, and ValueError for other images.
     """
-    data = open_data(plan_of(run.record, root))
+    data = open_data(plan_of(run.record, root), say=False)  # its record says it
     if other_images(run.record, data):
         raise ValueError(
             f"The images of {run.plan.given['dataset']} are not those that run "

@@ -22,9 +22,9 @@ from afen.runs import DEFAULTS, PARAMETERS, make_plan
         ("Dataset", "dataset"),  # a name of Python's, so that its case counts
         ("heigth", "height"),
         ("weightdecay", "weight_decay"),
-        ("optimizer", None),
+        ("optimizer", "optimiser"),
         ("momentum", None),
-        ("depth", None),
+        ("schedule", None),
         ("", None),
     ],
 )

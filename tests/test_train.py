@@ -108,7 +108,11 @@ def test_every_layout_trains_and_leaves_a_whole_run(trees, tmp_path, dataset):
             break
         time.sleep(0.1)
     book = nbformat.read(run / "notebook.ipynb", as_version=4)
-    assert "Rank-1" in printed(book) and "report.html" in book.cells[-1].outputs[-1]["text"]
+    said = printed(book)
+    assert "Rank-1" in said and "report.html" in book.cells[-1].outputs[-1]["text"]
+    assert "\r" not in said and len(said.splitlines()) < 40  # no bar, as it is no terminal
+    assert [f"epoch={epoch}, " in said for epoch in range(3)] == [True, True, False]
+    assert said.count("\nQueries without a match, ") == (dataset == "sysu")
     assert (run / "report.html").stat().st_size < 5e6
 
 

@@ -2,13 +2,16 @@
 
 import ast
 import os
+import pty
 import re
 import shutil
 import stat
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -21,9 +24,11 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
 from afen import figures, probes, runs, training
-from afen.backbone import load_resnet
+from afen.backbone import DEPTHS, count_parameters, load_resnet
+from afen.batches import equal_rows
 from afen.core import started_by
 from afen.datasets import JOINT_COLUMNS, load, summary, verify
+from afen.method import create, method_class, method_names
 from afen.people import write_tree
 from afen.records import read_record
 from afen.tables import sortable
@@ -70,6 +75,32 @@ def test_a_misspelt_parameter_stops_training_that_python_starts(tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'epochs'"):
         papermill.execute_notebook(*paths, given, progress_bar=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_is_drawn_on_a_terminal_and_lines_are_written_elsewhere(tmp_path, terminal):
+    fit = (
+        "from afen.training import progress_bar\n"
+        "with progress_bar(4, 0) as bar:\n"
+        "    for epoch in range(2):\n"
+        "        bar.update(2)\n"
+        "        bar.set_postfix(epoch=epoch, loss='1.5', refresh=False)\n"
+    )
+    little_notebook(tmp_path / "in.ipynb", fit)
+    command = [Path(sys.executable).with_name("papermill"), "--no-progress-bar"]
+    stdout = pty.openpty()[1] if terminal else subprocess.DEVNULL
+    quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet["env"] = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    paths = tmp_path / "in.ipynb", tmp_path / "out.ipynb"  # ipykernel minds pytest's variable
+    subprocess.run([*command, *paths], check=True, stdout=stdout, **quiet)
+    outputs = nbformat.read(paths[1], as_version=4).cells[-1].outputs
+    said = "".join(output["text"] for output in outputs)
+    lines = said.strip().splitlines()
+    assert ("\r" in said and "|" in said) == terminal
+    if not terminal:
+        assert [re.sub(r"\[.*,", "[", line) for line in lines] == [
+            "2/4 steps [ loss=1.5]", "4/4 steps [ loss=1.5]"
+        ]  # fmt: skip
 
 
 def test_ones_own_variables_are_left_alone_in_a_live_kernel(tmp_path):
@@ -283,6 +314,97 @@ def test_paths_may_begin_at_home(tmp_path, monkeypatch):
     assert plan.folder == tmp_path / "run"
 
 
+# Equal images, and queries without a match
+
+
+def real(folder, name, method="agw", **given):
+    """A plan on a small tree without the renderer's mark, and the tree."""
+    size = {"n_train": 4, "n_test": 4, "n_images": 2, "size": (48, 24)}
+    root = write_tree(name, folder / name, **size)
+    (root / "rendered.json").unlink()
+    given |= {"dataset": name, "root": str(root), "method": method, "preset": "pocket"}
+    quick = {"epochs": 1, "steps": 1, "identities": 2, "images": 2, "device": "cpu"}
+    quick["out"] = str(folder / "run")
+    return runs.make_plan(runs.DEFAULTS | given | quick), root
+
+
+EQUAL = {  # from where to where, and what is then counted
+    "people": ("visible", 0, "visible", 1, {"two people"}),
+    "modalities": ("visible", 0, "infrared", 0, {"both modalities"}),
+    "halves": ("visible", 0, "visible", -1, {"two people", "training and test"}),
+    "a double": ("visible", 0, "visible", 0, set()),
+}
+
+
+@pytest.mark.parametrize("case", EQUAL)
+def test_equal_images_are_said_before_training_and_recorded(tmp_path, capsys, case):
+    of, person, to, other, kinds = EQUAL[case]
+    plan, root = real(tmp_path, "regdb")
+    split = load("regdb", root)
+    tables = {m: pd.concat([split.train, split.test]).query("modality == @m") for m in (of, to)}
+    people = split.train.identity.unique().tolist() + split.test.identity.unique().tolist()
+    paths = [  # the first image of the one, and the last of the other
+        root / tables[m].query("identity == @who").path.iloc[place]
+        for m, who, place in ((of, people[person], 0), (to, people[other], -1))
+    ]
+    shutil.copy(*paths)
+    data = runs.open_data(plan)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "equal images" in line]
+    pair = " = ".join(sorted((str(p.relative_to(root)) for p in paths), key=str.casefold))
+    assert {re.match(r"warning: equal images (of|in) (.+): 1 \(", s)[2] for s in lines} == kinds
+    both = [set(re.search(r"\((.+) = (.+)\)", line).groups()) for line in lines]
+    assert both == [set(pair.split(" = "))] * len(kinds)
+    assert [f"warning: {words}" for words in data.departures if "equal" in words] == lines
+
+
+def test_equal_images_make_a_run_partial_and_are_its_reason(tmp_path, capsys):
+    plan, root = real(tmp_path, "folder")
+    faces = sorted((root / "visible").rglob("*.png"))
+    shutil.copy(faces[0], faces[-1])
+    runs.carry_out(plan)
+    record = read_record(plan.folder / "record.json")
+    assert record["status"] == "partial" and "equal images of two people: 1" in record["reason"]
+    said = capsys.readouterr().out
+    assert said.index("warning: equal images of two people: 1") < said.index("memory of a step")
+
+
+@pytest.mark.parametrize("size", [(5000, 64, 32), (2000, 288, 144)])
+def test_looking_for_equal_images_costs_a_moment(tmp_path, size):
+    shape = (*size, 3)
+    images = np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.uint8, shape)
+    images[:, size[1] // 2] = np.random.default_rng(0).integers(0, 256, (size[0], size[2], 3))
+    images[7], images[9, size[1] // 2] = images[1999], images[8, size[1] // 2]
+    images[9, 0] = 1  # equal in the line that is compared, and not elsewhere
+    begun = time.process_time()
+    digests = equal_rows(SimpleNamespace(images=images))
+    assert time.process_time() - begun < 0.5
+    assert np.flatnonzero(digests != "").tolist() == [7, 1999]
+
+
+@pytest.mark.parametrize("name", ["sysu", "llcm", "regdb"])
+def test_queries_without_a_match_are_said_counted_and_no_departure(tmp_path, capsys, name):
+    plan, root = real(tmp_path, name)
+    if name == "llcm":  # a person is left with one camera
+        for folder in [*root.glob("test_vis/cam*"), *root.glob("test_nir/cam*")][1:]:
+            person = sorted(p.name for p in root.glob("test_*/cam*/*"))[0]
+            shutil.rmtree(folder / person, ignore_errors=True)
+    if name == "regdb":
+        lists = root / "idx" / "test_thermal_1.txt"
+        lists.write_text("".join(lists.read_text().splitlines(keepends=True)[2:]))
+    data = runs.open_data(plan)
+    dropped = {k: n for k, n in data.describe("")["queries_without_match"].items() if n}
+    assert dropped
+    said = capsys.readouterr().out
+    words = ", ".join(f"{n} of " + "{}" + f" in {s}" for s, n in dropped.items())
+    line = "Queries without a match, which the protocol leaves out: "
+    assert (line in said) == (name != "regdb")
+    departs = [d for d in data.departures if d.startswith("queries without a match")]
+    assert len(departs) == (name == "regdb")
+    if name != "regdb":
+        sizes = {t.setting: len(t.query) for t in data.split.trials}
+        assert line + words.format(*(sizes[s] for s in dropped)) + ".\n" in said
+
+
 # Before any work
 
 
@@ -312,6 +434,13 @@ def test_a_folder_that_cannot_be_written_is_said_before_any_work(tmp_path, out):
     ({"lr": "1e400"}, "Parameter lr is inf"),
     ({"weight_decay": float("inf")}, "Parameter weight_decay is inf"),
     ({"height": 10**9}, "height is 1000000000: it must be between 32 and 4096"),
+    ({"depth": 101}, rf"Unknown depth '101' \(known: {', '.join(map(str, DEPTHS))}\)"),
+    ({"depth": "resnet50"}, "Parameter depth is 'resnet50' .* -p depth 18"),
+    ({"backbone": "resnet50"}, "did you mean 'depth'"),
+    ({"optimiser": "lion"}, r"Unknown optimiser 'lion' \(known: sgd, adam, adamw\)"),
+    ({"optimizer": "adam"}, "did you mean 'optimiser'"),
+    ({"method": "pmt", "depth": 50}, "Method pmt has no ResNet: leave out -p depth."),
+    ({"optimiser": "adam", "nesterov": True}, "afen is trained by adam, without Nesterov's"),
 ])  # fmt: skip
 def test_a_wrong_value_is_one_sentence(given, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -323,10 +452,25 @@ def test_a_wrong_value_is_one_sentence(given, sentence):
     ({"erasing": "5e-1"}, {"erasing": 0.5}),
     ({"height": 384, "width": 192}, {"height": 384, "width": 192}),
     ({"weight_decay": 1e-4}, {"weight_decay": 0.0001}),
+    ({"depth": 50}, {"depth": 50}),
+    ({"optimiser": "AdamW", "lr": 1e-3}, {"optimiser": "adamw", "lr": 0.001}),
 ])  # fmt: skip
 def test_what_people_type_changes_the_recipe(given, changes):
-    recipe = runs.make_plan(runs.DEFAULTS | given).recipe
-    assert {name: getattr(recipe, name) for name in changes} == changes
+    plain, plan = runs.make_plan(runs.DEFAULTS), runs.make_plan(runs.DEFAULTS | given)
+    assert {name: getattr(plan.recipe, name) for name in changes} == changes
+    assert set(plan.changed) == set(changes) and plan.folder != plain.folder
+
+
+@pytest.mark.parametrize("name", [n for n in method_names() if method_class(n).trunk == "resnet"])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_method_with_a_resnet_is_built_in_every_depth(name, depth):
+    given = runs.DEFAULTS | {"method": name, "weights": "none", "device": "cpu"}
+    plain, plan = (runs.make_plan(given | {"depth": d}) for d in (None, depth))
+    with torch.device("meta"):
+        sizes = [count_parameters(create(name, 3, p.recipe, **p.options)) for p in (plain, plan)]
+    own = plain.recipe.depth
+    assert np.sign(sizes[1] - sizes[0]) == np.sign(depth - own)
+    assert ("depth" in plan.changed) == (depth != own)
 
 
 @pytest.mark.parametrize("value", [3, ["x"], {"a": 1}, True])
