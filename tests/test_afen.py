@@ -146,6 +146,30 @@ def test_the_modules_of_afen_learn_at_the_rate_of_the_head(preset):
     assert set(slower.changed) == {"weights", "module_lr"}
 
 
+STRIPS = AFEN.pocket_switches["mecs_switches"]
+
+
+@pytest.mark.parametrize("preset, given, expected", [
+    ("pocket", {}, STRIPS),
+    ("pocket", {"join": "residual"}, STRIPS | {"join": "residual"}),
+    ("pocket", {"strips": [5]}, {"strips": [5]}),
+    ("paper", {"join": "residual"}, {"join": "residual"}),
+])  # fmt: skip
+def test_a_switch_of_a_module_leaves_its_others_as_the_preset_has_them(preset, given, expected):
+    assert STRIPS == {"strips": [3, 5, 9]}
+    plan = plan_of(
+        dataset="regdb", preset=preset, weights="none", options={"mecs_switches": given}
+    )
+    assert plan.options["mecs_switches"] == expected and plan.options["fem_switches"] == {}
+    assert ("mecs_switches" in plan.changed) == bool(given)
+    with torch.device("meta"):
+        (module,) = (m for m in create("afen", 5, plan.recipe, **plan.options).modules()
+                     if isinstance(m, MECS))  # fmt: skip
+    taps = [max(conv.kernel_size) for conv in module.spatial.scales.strips]
+    assert sorted({*taps}) == sorted(expected.get("strips", [7, 11, 21]))
+    assert module.join.kind == expected.get("join", "zero_projection")
+
+
 @pytest.mark.parametrize("name", ["pmt", "dart", "spot"])
 def test_a_rate_for_modules_that_are_not_there_is_refused(name):
     with pytest.raises(ValueError, match=f"Method {name} inserts no modules"):

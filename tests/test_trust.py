@@ -430,6 +430,8 @@ def test_a_folder_that_cannot_be_written_is_said_before_any_work(tmp_path, out):
 @pytest.mark.parametrize("given, sentence", [
     ({"seed": 2**64}, "Parameter seed is 18446744073709551616: it must be between"),
     ({"batch_size": 64}, "did you mean 'identities' and 'images'"),
+    ({"trial": 2}, "did you mean 'split'"),
+    ({"noise": 0.2}, "did you mean 'label_noise'"),
     ({"lr": "1e-x"}, "Parameter lr is '1e-x'"),
     ({"lr": "1e400"}, "Parameter lr is inf"),
     ({"weight_decay": float("inf")}, "Parameter weight_decay is inf"),
