@@ -53,7 +53,7 @@ def random(*shape, key=0):
 def test_a_pocket_run_is_probed_on_its_first_sets():
     """As many trials as sets, on the same images in the same order, under new row numbers."""
     split = load("pocket-sysu")
-    whole = pack(split.root, split.test.path, (48, 24))
+    whole = pack(split.root, split.test.path, (POCKET_RECIPE.height, POCKET_RECIPE.width))
     first = probes.first_sets(SimpleData(split, whole))
     n = probes.PROBED * people.TEST_SET
     assert first.split.test.identity.nunique() == n < split.test.identity.nunique()
