@@ -221,7 +221,7 @@ def test_the_declared_weighted_triplet_is_what_the_losses_compute(name, subject)
     """`hardness` asks the declaration; pooled features and views must be AGW's."""
     kind = method_class(name)
     assert kind.weighted_triplet == (kind.losses is AGW.losses)
-    other = create(name, 4, POCKET_RECIPE)
+    other = create(name, 4, kind.recipes["pocket"])
     tables = probes.hardness(
         probes.Subject(replace(subject.run, network=other), subject.data)
     )

@@ -13,7 +13,7 @@ from afen import trained
 from afen.backbone import load_resnet
 from afen.datasets import list_folder
 from afen.evaluation import average, evaluate_trials
-from afen.method import POCKET_RECIPE, create, method_names
+from afen.method import POCKET_RECIPE, create, method_class, method_names
 from afen.people import write_tree
 from afen.records import fingerprint
 from afen.runs import DEFAULTS, carry_out, make_plan
@@ -179,7 +179,7 @@ def test_a_table_of_another_length_is_refused(run, images, n):
 
 @pytest.mark.parametrize("name", method_names())
 def test_every_method_refuses_other_words_and_is_called_like_a_network(name):
-    network = create(name, 4, POCKET_RECIPE).eval()
+    network = create(name, 4, method_class(name).recipes["pocket"]).eval()
     images = torch.zeros(2, 3, 64, 32, dtype=torch.uint8)
     with pytest.raises(ValueError, match='"thermal" is not visible or infrared'):
         network.embed(images, "thermal")
