@@ -6,8 +6,9 @@ from safetensors.torch import load_file, save_file
 
 from afen import backbone, pretrain, runs
 from afen.backbone import DualResNet, count_parameters, load_resnet, output_shapes, trunk_file
-from afen.core import digest, seed_everything
+from afen.core import digest, project_root, seed_everything
 from afen.method import POCKET_RECIPE, method_class, method_names
+from afen.methods.pmt import make_vit
 from afen.people import write_tree
 from afen.records import read_record, run_id
 from afen.runs import DEFAULTS, carry_out, make_plan
@@ -143,7 +144,28 @@ def test_a_run_is_trained_anew_when_its_trunk_has_changed(trunks, tmp_path, monk
     )
 
 
-# The trunks' own making
+# The kept trunks, and how they are made
+
+
+KEPT = sorted((project_root() / "data" / "trunks").glob("*.safetensors"))
+
+
+def test_what_is_kept_of_trunks_is_small():
+    kinds = [path.stem.split("-")[0] for path in KEPT]
+    assert kinds.count("resnet") >= 6 and kinds.count("vit") >= 2
+    assert sum(path.stat().st_size for path in KEPT) < 25e6
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
+def test_a_kept_trunk_is_that_of_its_record_and_fits_its_network(path):
+    record = pretrain.trunk_record(path)
+    assert record["file"] == path.name == f"{record['kind']}-{record['number']:02d}.safetensors"
+    assert record["people"] == pretrain.trunk_people(record["number"]).n_train
+    assert record["bytes"] == path.stat().st_size and 0 < record["mAP"] < 1
+    if record["kind"] == "resnet":
+        load_resnet(10, str(path))
+    else:
+        make_vit("tiny", (64, 32), str(path))
 
 
 @pytest.fixture(scope="module")
