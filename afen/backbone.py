@@ -74,7 +74,10 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 def make_stem(resnet: nn.Module) -> nn.Sequential:
-    """A copy of the ResNet's stem: [B, 3, H, W] -> [B, 64, H/4, W/4]."""
+    """A copy of the ResNet's stem: [B, 3, H, W] -> [B, 64, H/4, W/4].
+
+    The small one's, which does not pool: [B, 32, H/2, W/2].
+    """
     stem = (resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
     return deepcopy(nn.Sequential(*stem))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .core import nearest
 
 # %% ../nbs/09_blocks.ipynb #450fba80
-JOINS = ("residual_zero", "residual", "replace", "zero_projection")
+JOINS = ("zero_projection", "residual_zero", "residual", "replace")
 
 
 class Join(nn.Module):
@@ -26,7 +26,7 @@ class Join(nn.Module):
 
     def __init__(
         self,
-        kind: str = "residual_zero",  # x + g * update; "replace"; g = 1 under the others
+        kind: str,  # "residual_zero": x + g * update; "replace"; g = 1 under the others
     ) -> None:
         super().__init__()
         self.kind = nearest(kind, JOINS, "join")

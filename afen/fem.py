@@ -256,7 +256,7 @@ class FEM(nn.Module):
         up: str = "bilinear",  # or "nearest": how Q is made (F5)
         sites: str = "fanet",  # GELU and norms inside; "bare": none (F3, F6)
         fuse: str = "none",  # or "scm", "skip" (F8)
-        join: str = "residual_zero",  # one of JOINS (F9)
+        join: str = "zero_projection",  # one of JOINS (F9)
         ratio: int = 4,  # hidden width of ConvMLP over C; 0 leaves it out (F10)
         activation: str = "gelu",  # or "relu" (F11)
         low: str = "product",  # S = F * Q, or "smooth": S = Q (F13)

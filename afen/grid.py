@@ -803,8 +803,9 @@ def group_verdicts(
             rows[key] = {"n": int(np.isfinite(values).sum()), "verdict": "not run"}
             if np.isfinite(values).all() and len(values) > 1:
                 effects[key] = effect(values)
-    judged = [decide_all(list(effects.values()))] if effects else []
-    for key, one, verdict in zip(effects, effects.values(), *judged):
+    waiting = [Effect(0.0, 0.0, 0.0, 1.0, 1.0)] * (len(rows) - len(effects))
+    judged = decide_all([*effects.values(), *waiting])  # a family counts what it lacks
+    for (key, one), verdict in zip(effects.items(), judged):
         rows[key] |= {"mean": one.mean, "low": one.low, "high": one.high, "verdict": verdict}
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index = pd.MultiIndex.from_tuples(rows, names=["dataset", "label", "reference"])

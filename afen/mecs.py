@@ -251,7 +251,7 @@ class MECS(nn.Module):
         extra: str = "none",  # or "base", "input": also in the sum of Eq. (3) (M9)
         projection: str = "single",  # or "tied", "untied": 1x1 convolutions (M10)
         squash: bool = False,  # a sigmoid on the spatial map (M11)
-        join: str = "residual_zero",  # one of JOINS (M13)
+        join: str = "zero_projection",  # one of JOINS (M13)
         pools: Sequence[str] = POOLS,  # statistics of Eq. (1), for the ablation
     ) -> None:
         super().__init__()

@@ -49,12 +49,16 @@ def test_shapes_are_noted_while_a_network_runs_and_not_after():
     assert not any(part._forward_hooks for part in network.modules())
 
 
-ZERO = {f"{name}_switches": {"join": "zero_projection"} for name in ("mecs", "fem")}
+SHAPES = replace(POCKET_RECIPE, weights="none")  # no trunk is read where none is asked about
+GATES, ZERO = (
+    {f"{name}_switches": {"join": join} for name in ("mecs", "fem")}
+    for join in ("residual_zero", "zero_projection")
+)
 STARTS = {
-    "modules": ZERO,
-    "controls": ZERO | {"mecs": "control", "fem": "control"},
+    "modules": {},
+    "controls": {"mecs": "control", "fem": "control"},
     "diagram": ZERO | {"mecs": "diagram"},
-    "gates": {},
+    "gates": GATES,
 }
 
 
@@ -62,11 +66,11 @@ STARTS = {
 def test_at_the_start_the_network_is_its_base(name):
     """Behind a gate or a zero_projection: with the same weights every feature is equal."""
     seed_everything(0)
-    method = create("afen", 5, POCKET_RECIPE, **STARTS[name]).eval()
-    base = create("afen", 5, POCKET_RECIPE, mecs="none", fem="none").eval()
+    method = create("afen", 5, SHAPES, **STARTS[name]).eval()
+    base = create("afen", 5, SHAPES, mecs="none", fem="none").eval()
     weights = method.state_dict()
-    for stage in ("layer2", "layer3"):  # the stage's last block, wrapped with the module
-        weights = {k.replace(f"{stage}.1.0.", f"{stage}.1."): v for k, v in weights.items()}
+    for stage in ("layer2", "layer3"):  # the stage's only block, wrapped with the module
+        weights = {k.replace(f"{stage}.0.0.", f"{stage}.0."): v for k, v in weights.items()}
     base.load_state_dict({key: weights[key] for key in base.state_dict()})
     shape, generator = (4, 3, 64, 32), torch_generator("afen", "start")
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -81,9 +85,9 @@ def test_a_control_has_the_size_and_the_join_of_its_module(join):
     for reading in ("paper", "control"):
         with torch.device("meta"):
             options = switches | {"mecs": reading, "fem": reading}
-            sizes[reading] = count_parameters(create("afen", 5, POCKET_RECIPE, **options))
+            sizes[reading] = count_parameters(create("afen", 5, SHAPES, **options))
     with torch.device("meta"):
-        base = count_parameters(create("afen", 5, POCKET_RECIPE, mecs="none", fem="none"))
+        base = count_parameters(create("afen", 5, SHAPES, mecs="none", fem="none"))
     assert abs((sizes["control"] - base) / (sizes["paper"] - base) - 1) < 0.01
     control = Control(64, 5000, join)
     assert (control.join.kind, hasattr(control.join, "gain")) == (join, join[-4:] == "zero")
@@ -96,12 +100,12 @@ def groups_of(method):
 
 
 def test_modules_learn_with_the_backbone_until_they_are_given_a_rate():
-    paper = replace(POCKET_RECIPE, backbone_lr=0.1)
-    assert paper.module_lr is None
+    paper = SHAPES
+    assert (paper.backbone_lr, paper.module_lr) == (0.1, None)
     before = groups_of(create("afen", 5, paper))
     assert {0.1, 1.0} == set(before)
     after = groups_of(create("afen", 5, replace(paper, module_lr=0.5)))
-    modules = {name for name in before[0.1] if ".1.1." in name}  # behind a stage's last block
+    modules = {name for name in before[0.1] if ".0.1." in name}  # behind a stage's only block
     assert any("spatial.point" in n for n in modules) and any("mlp.narrow" in n for n in modules)
     assert after == {0.1: before[0.1] - modules, 1.0: before[1.0], 0.5: modules}
     everything = set().union(*after.values())
@@ -109,7 +113,7 @@ def test_modules_learn_with_the_backbone_until_they_are_given_a_rate():
 
 
 def test_the_rate_of_the_modules_is_its_share_in_every_epoch():
-    recipe = replace(POCKET_RECIPE, backbone_lr=0.1, module_lr=1.0)
+    recipe = replace(SHAPES, module_lr=1.0)
     method = create("afen", 5, recipe, mecs="control", nonlocal_blocks=True)
     optimiser = make_optimiser(method)
     for epoch in range(recipe.epochs):
@@ -127,11 +131,43 @@ def plan_of(**given):
 
 
 def test_a_rate_for_the_modules_is_part_of_a_name_only_where_it_is_given():
-    default, given = plan_of(), plan_of(module_lr=1.0)
+    default, given = plan_of(method="caj"), plan_of(method="caj", module_lr=1.0)
     assert "module_lr" not in default.parameters["recipe"]
     assert given.parameters["recipe"]["module_lr"] == 1.0 and given.changed == ("module_lr",)
     assert run_id(default.parameters) != run_id(given.parameters)
     assert Recipe(**default.parameters["recipe"] | {"drops": (7, 9)}).module_lr is None
+
+
+@pytest.mark.parametrize("preset", ["pocket", "paper"])
+def test_the_modules_of_afen_learn_at_the_rate_of_the_head(preset):
+    plan = plan_of(dataset="regdb", preset=preset, weights="none")
+    assert plan.parameters["recipe"]["module_lr"] == 1.0 and plan.changed == ("weights",)
+    slower = plan_of(dataset="regdb", preset=preset, weights="none", module_lr=0.1)
+    assert set(slower.changed) == {"weights", "module_lr"}
+
+
+STRIPS = AFEN.pocket_switches["mecs_switches"]
+
+
+@pytest.mark.parametrize("preset, given, expected", [
+    ("pocket", {}, STRIPS),
+    ("pocket", {"join": "residual"}, STRIPS | {"join": "residual"}),
+    ("pocket", {"strips": [5]}, {"strips": [5]}),
+    ("paper", {"join": "residual"}, {"join": "residual"}),
+])  # fmt: skip
+def test_a_switch_of_a_module_leaves_its_others_as_the_preset_has_them(preset, given, expected):
+    assert STRIPS == {"strips": [3, 5, 9]}
+    plan = plan_of(
+        dataset="regdb", preset=preset, weights="none", options={"mecs_switches": given}
+    )
+    assert plan.options["mecs_switches"] == expected and plan.options["fem_switches"] == {}
+    assert ("mecs_switches" in plan.changed) == bool(given)
+    with torch.device("meta"):
+        (module,) = (m for m in create("afen", 5, plan.recipe, **plan.options).modules()
+                     if isinstance(m, MECS))  # fmt: skip
+    taps = [max(conv.kernel_size) for conv in module.spatial.scales.strips]
+    assert sorted({*taps}) == sorted(expected.get("strips", [7, 11, 21]))
+    assert module.join.kind == expected.get("join", "zero_projection")
 
 
 @pytest.mark.parametrize("name", ["pmt", "dart", "spot"])

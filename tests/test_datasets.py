@@ -326,6 +326,36 @@ def test_official_gallery_equals_a_naive_draw(sysu):
         assert split.test.path[trial.gallery].tolist() == naive
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_sets_of_test_people_take_the_draws_in_turn(sysu, size):
+    """Three test people, ten draws of each setting; every set is asked alone."""
+    split = load("sysu", sysu)
+    people = [5, 14, 110]
+    sets = [people[i : i + size] for i in range(0, 3, size)]
+    trials = datasets.in_sets(split.test, split.trials, size)
+    names = [(trial.setting, trial.number) for trial in trials]
+    assert names == [(setting, k) for setting in SETTINGS for k in range(len(sets))]
+    whole = {(trial.setting, trial.number): trial for trial in split.trials}
+    identity = split.test.identity.to_numpy()
+    for trial in trials:
+        draw = whole[trial.setting, trial.number]  # fewer sets than draws: each its own
+        for kind in ("query", "gallery"):
+            rows = getattr(draw, kind)
+            expected = [row for row in rows if identity[row] in sets[trial.number]]
+            assert getattr(trial, kind).tolist() == expected, kind
+    assert set(identity[trials[0].query]) == set(sets[0])
+
+
+def test_more_sets_than_draws_take_them_again(regdb):
+    split = load("regdb", regdb)
+    trials = datasets.in_sets(split.test, split.trials, 1)
+    people = sorted(split.test.identity.unique())
+    assert len(people) > 1 and len(trials) == 2 * len(people)
+    assert [t.number for t in trials] == 2 * list(range(len(people)))
+    queries = np.concatenate([t.query for t in trials[: len(people)]])
+    assert sorted(queries) == sorted(split.trials[0].query)
+
+
 def test_galleries_are_the_same_in_every_call_and_leave_the_global_stream(sysu):
     random.seed(5)
     state = random.getstate()

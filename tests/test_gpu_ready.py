@@ -41,7 +41,7 @@ QUICK = {"preset": "pocket", "epochs": 2, "steps": 1, "identities": 2, "images":
 def small_recipe(name, **changes):
     """A method's pocket recipe with four identities in a batch."""
     pocket = method_class(name).recipes["pocket"]
-    size = {"height": 32, "width": 16, "identities": 4, "images": 2}
+    size = {"height": 32, "width": 16, "identities": 4, "images": 2, "weights": "none"}
     return replace(pocket, **size | changes)
 
 

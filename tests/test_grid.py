@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from papermill.cli import _resolve_type
@@ -21,10 +22,10 @@ POCKET_JOBS = grid.jobs()
 
 def test_runs_keep_their_names():
     """A new switch or default would rename every kept record."""
-    given = DEFAULTS | {"precision": "bfloat16"}
-    expected = "pocket-regdb-afen-pocket-t1-s0-5a6c7e74"
+    given = DEFAULTS | {"seed": 4}
+    expected = "pocket-regdb-afen-pocket-t1-s4-ead6d3dc"
     assert run_id(make_plan(given).parameters) == expected
-    full = {job.id for job in POCKET_JOBS if job.label == grid.FULL and job.seed == 0}
+    full = {job.id for job in POCKET_JOBS if job.label == grid.FULL and job.seed == 4}
     assert expected in full
 
 
@@ -37,11 +38,31 @@ def test_cells_of_a_group_are_different_runs(group):
     assert group.reference in group.cells
     ids = {}
     for job in POCKET_JOBS:
-        if (job.group, job.dataset, job.seed) == (group, "pocket-regdb", 0):
+        if (job.group, job.dataset, job.seed) == (group, "pocket-regdb", first_seed(group)):
             ids.setdefault(job.id, []).append(job.label)
-    same = [labels for labels in ids.values() if len(labels) > 1]
-    # the pocket recipe erases nothing, the paper's erases half
-    assert same == ([["as it stands", "erasing 0"]] if group is grid.RECIPE else [])
+    assert [labels for labels in ids.values() if len(labels) > 1] == []
+    assert len(ids) == len(group.cells) >= 2
+
+
+def first_seed(group):
+    return grid.PRESETS["pocket"].seeds_of(group)[0]
+
+
+@pytest.mark.parametrize("group", grid.GRID, ids=lambda group: group.name)
+def test_a_family_compares_cells_that_are_there(group):
+    pairs = group.comparisons()
+    assert len(set(pairs)) == len(pairs) and len(pairs) >= len(group.cells) - 1
+    assert {label for pair in pairs for label in pair} == set(group.cells)
+    assert all(label != reference for label, reference in pairs)
+
+
+def test_the_rule_is_chosen_on_other_trunks_than_it_is_tested_on():
+    chosen = grid.PRESETS["pocket"].seeds_of(grid.JOINING)
+    tested = {s for g in grid.GRID if g is not grid.JOINING
+              for s in grid.PRESETS["pocket"].seeds_of(g)}  # fmt: skip
+    assert not tested & set(chosen) and len(tested) >= 6
+    trunks = max(*tested, *chosen) + 1  # a seed's trunk is the seed modulo their number
+    assert len({seed % trunks for seed in (*tested, *chosen)}) == len(tested) + len(chosen)
 
 
 def test_papermill_reads_what_the_grid_means():
@@ -85,7 +106,7 @@ def test_a_wrong_name_is_told(word):
 @pytest.mark.parametrize("preset", ["pocket", "paper"])
 def test_controls_have_the_size_of_what_they_control(module, preset):
     def size(label):
-        cells = grid.CORE.cells
+        cells = grid.CORE.cells | grid.CONTROLS.cells
         plan = make_plan(DEFAULTS | dict(cells[label], preset=preset, weights="none"))
         return count_parameters(create("afen", 8, plan.recipe, **plan.options))
 
@@ -126,22 +147,80 @@ def test_results_show_what_is_missing_and_what_failed():
 
 def test_differences_are_paired_by_seed():
     cells = [j for j in POCKET_JOBS if (j.group, j.dataset) == (grid.LOSSES, "pocket-regdb")]
-    base = {0: 0.5, 1: 0.6, 2: 0.7}
+    first, second, *others = grid.PRESETS["pocket"].seeds_of(grid.LOSSES)
     kept = [
-        record(job, value=base[job.seed] + (0.1 if job.label == "WRT" else 0))
+        record(job, value=job.seed / 20 + (0.1 if job.label == "WRT" else 0))
         for job in cells
-        if job.label != "L_sq, released" and (job.label, job.seed) != ("WRT", 1)
+        if job.label != "L_sq, released" and (job.label, job.seed) != ("WRT", second)
     ]
     table = grid.results("ablation", "pocket-regdb", reversed(kept))
     gaps = grid.differences(table[table.group == grid.LOSSES.name])
     wrt = gaps[(gaps.label == "WRT") & (gaps.metric == "mAP")]
-    assert wrt[wrt.seed != 1].difference.tolist() == [0.1] * 4
-    assert wrt[wrt.seed == 1].difference.isna().all()
+    assert wrt[wrt.seed != second].difference.tolist() == [0.1] * 2 * (1 + len(others))
+    assert wrt[wrt.seed == second].difference.isna().all()
     assert (gaps[gaps.label == grid.LOSSES.reference].difference == 0).all()
     assert gaps[gaps.label == "L_sq, released"].difference.isna().all()
     other = grid.differences(table[table.group == grid.LOSSES.name], "WRT")
-    stable = other[(other.label == "L_sq, stable") & (other.seed == 0)]
+    stable = other[(other.label == "L_sq, stable") & (other.seed == first)]
     assert (stable.difference == -0.1).all()
+
+
+def core_table(effects, missing=()):
+    """Results of the modules' group: mAP 50 and one point per seed, and a cell's effect.
+
+    The two settings lie a point below and above; `missing` are (label, data set, seed).
+    """
+    records = []
+    for job in POCKET_JOBS:
+        if job.group is not grid.CORE or (job.label, job.dataset, job.seed) in missing:
+            continue
+        value = 50 + job.seed + effects.get(job.label, lambda seed: 0.0)(job.seed)
+        shown = [s for s in grid.SETTINGS[job.dataset.removeprefix("pocket-")]
+                 if s in grid.SHOWN]  # fmt: skip
+        each = {s: {"mean": {"mAP": (value + shift) / 100}} for s, shift in zip(shown, (-1, 1))}
+        records.append({"id": job.id, "status": "smoke", "scores": each})
+    return pd.concat([
+        grid.results("ablation", name, records).assign(dataset=name)
+        for name in ("pocket-regdb", "pocket-sysu")
+    ])
+
+
+def by_seed(mean):
+    """An effect of a mean over the seeds, a tenth of a point to either side in turn."""
+    return lambda seed: mean + (0.1 if seed % 2 else -0.1)
+
+
+def test_a_group_is_judged_as_one_family():
+    effects = {"MECS": by_seed(2.0), "FEM": by_seed(-2.0), grid.FULL: by_seed(0.0)}
+    table = core_table(effects)
+    points = grid.run_points(table, grid.CORE)
+    seed = first_seed(grid.CORE)
+    assert points.loc[("pocket-regdb", 1, seed), "base"] == pytest.approx(50 + seed)
+    verdicts = grid.group_verdicts(table, grid.CORE)
+    seeds, comparisons = grid.PRESETS["pocket"].seeds_of(grid.CORE), grid.CORE.comparisons()
+    assert len(verdicts) == 2 * len(comparisons) and (verdicts.n == len(seeds)).all()
+    one = verdicts[verdicts.dataset == "pocket-sysu"].set_index(["label", "reference"])
+    assert list(one.index) == comparisons
+    said = {"MECS": "supported", "FEM": "contradicted", grid.FULL: "no effect of size"}
+    for label, verdict in said.items():
+        assert one.verdict[label, "base"] == verdict
+    assert one["mean"]["MECS", "base"] == pytest.approx(2.0)
+    assert one.low["MECS", "base"] < 2.0 < one.high["MECS", "base"]
+
+
+def test_a_comparison_that_lacks_a_run_is_not_judged():
+    seed = first_seed(grid.CORE)
+    effects = {"MECS": by_seed(2.0), "FEM": by_seed(2.0)}
+    table = core_table(effects, missing={("MECS", "pocket-regdb", seed)})
+    verdicts = grid.group_verdicts(table, grid.CORE).set_index(["dataset", "label", "reference"])
+    lacks = verdicts.loc[("pocket-regdb", "MECS", "base")]
+    n = len(grid.PRESETS["pocket"].seeds_of(grid.CORE))
+    assert (lacks.verdict, lacks.n) == ("not run", n - 1)
+    assert lacks[["mean", "low", "high"]].isna().all()
+    others = verdicts.drop(index=("pocket-regdb", "MECS", "base"))
+    assert (others.n == n).all() and "not run" not in set(others.verdict)
+    nothing = grid.group_verdicts(table.assign(value=float("nan")), grid.CORE)
+    assert set(nothing.verdict) == {"not run"} and (nothing.n == 0).all()
 
 
 @pytest.mark.parametrize("name, wrong, right", [

@@ -39,6 +39,11 @@ def zeroed(module: nn.Module) -> dict[str, nn.Conv2d]:
     return {name: m for name, m in module.named_modules() if m in layers}
 
 
+def starting(module: nn.Module) -> set[str]:
+    """The parameters that learn from the first step: those of the layers that are zero."""
+    return {f"{layer}.{kind}" for layer in zeroed(module) for kind in ("weight", "bias")}
+
+
 def open_gate(module: nn.Module) -> nn.Module:
     """`module` with what is zero at first, its gain or its last layers, away from zero."""
     if hasattr(module.join, "gain"):
@@ -77,9 +82,9 @@ def test_defaults_are_the_paper_reading(room):
 def test_every_parameter_learns(room, reading):
     module, x = build(room, reading), feature_map()
     silent = silent_parameters(module, x)
-    if reading == "paper":  # behind the closed gate nothing but the gate learns
+    if reading == "paper":  # before a layer that is zero nothing learns yet
         names = {name for name, _ in module.named_parameters()}
-        assert set(silent) == names - {"join.gain"}
+        assert set(silent) == names - starting(module)
         torch.optim.SGD(module.parameters(), lr=1e-3).step()
         silent = silent_parameters(module, x)
     assert silent == []
@@ -95,19 +100,27 @@ ZERO_STARTS = [  # a last layer that is zero at first, and what is switched besi
 
 @pytest.mark.parametrize("room, changes", ZERO_STARTS, ids=str)
 def test_zero_projection_starts_as_the_identity_and_learns_whole(room, changes):
-    module, x = build(room, "paper", join="zero_projection", **changes), feature_map()
+    module, x = build(room, "paper", **changes), feature_map()
     assert torch.equal(module(x), x) and not hasattr(module.join, "gain")
-    names = {name for name, _ in module.named_parameters()}
-    first = {f"{layer}.{kind}" for layer in zeroed(module) for kind in ("weight", "bias")}
+    names, first = {name for name, _ in module.named_parameters()}, starting(module)
     assert first <= names and set(silent_parameters(module, x)) == names - first
     torch.optim.SGD(module.parameters(), lr=1e-2).step()
     assert silent_parameters(module, x) == [] and not torch.allclose(module(x), x)
 
 
 @pytest.mark.parametrize("room", ROOMS)
+def test_a_gate_starts_as_the_identity_and_learns_whole(room):
+    module, x = build(room, "paper", join="residual_zero"), feature_map()
+    names = {name for name, _ in module.named_parameters()}
+    assert torch.equal(module(x), x)
+    assert set(silent_parameters(module, x)) == names - {"join.gain"}
+    torch.optim.SGD(module.parameters(), lr=1e-3).step()
+    assert silent_parameters(module, x) == [] and not torch.equal(module(x), x)
+
+
+@pytest.mark.parametrize("room", ROOMS)
 def test_zero_projection_changes_nothing_but_the_last_layers(room):
-    plain = build(room, "paper", join="residual")
-    zero = build(room, "paper", join="zero_projection")
+    plain, zero = build(room, "paper", join="residual"), build(room, "paper")
     layers, weights = zeroed(zero), plain.state_dict()
     assert list(zero.state_dict()) == list(weights)
     for name, value in zero.state_dict().items():
@@ -125,7 +138,7 @@ DEAD_STARTS = [
 @pytest.mark.parametrize("room, changes, sentence", DEAD_STARTS)
 def test_a_start_at_zero_that_cannot_work_is_refused(room, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        build(room, "paper", join="zero_projection", **changes)
+        build(room, "paper", **changes)
 
 
 @pytest.mark.parametrize("room, reading", CASES)
@@ -193,10 +206,14 @@ EVERY_OPTION = [
 ]
 
 
+def switched(room: str, switch: str, option: str) -> nn.Module:
+    """The paper's reading with one option; x + update, which all options can have."""
+    return open_gate(build(room, "paper", **{"join": "residual", switch: option}))
+
+
 @pytest.mark.parametrize("room, switch, option", EVERY_OPTION)
 def test_every_option_works_and_learns(room, switch, option):
-    module = open_gate(build(room, "paper", **{switch: option}))
-    x = feature_map()
+    module, x = switched(room, switch, option), feature_map()
     assert module(x).shape == x.shape
     assert silent_parameters(module, x) == []
 
@@ -216,15 +233,16 @@ def shapes(module: nn.Module) -> dict[str, torch.Size]:
 @pytest.mark.parametrize("room, switch, option", EVERY_OPTION)
 def test_no_option_is_dead(room, switch, option):
     """It changes the weights there are, or what the same weights compute."""
-    default = open_gate(build(room, "paper"))
-    other = open_gate(build(room, "paper", **{switch: option}))
-    chosen = option == ROOMS[room].OPTIONS[switch][0]
+    first = ROOMS[room].OPTIONS[switch][0]
+    default, other = switched(room, switch, first), switched(room, switch, option)
+    chosen = option == first
     if shapes(other) != shapes(default):
         assert not chosen
         return
     other.load_state_dict(default.state_dict())
     x = feature_map()
     same_value = chosen or switch == "median_impl"  # two ways to one value
+    same_value |= option == "residual"  # differs from zero_projection in its start alone
     assert torch.equal(other(x), default(x)) == same_value
 
 
@@ -253,7 +271,9 @@ NAMES = {
 def test_names_of_the_weights_stay(room):
     layers = product(NAMES[room].split(), ("weight", "bias"))
     names = [f"{layer}.{kind}" for layer, kind in layers]
-    assert list(build(room, "paper").state_dict()) == [*names, "join.gain"]
+    assert list(build(room, "paper").state_dict()) == names
+    gated = build(room, "paper", join="residual_zero")
+    assert list(gated.state_dict()) == [*names, "join.gain"]
 
 
 class Forgetful(mecs.MECS):
@@ -372,7 +392,7 @@ STAGES = [(256, 72, 36), (512, 36, 18), (1024, 18, 9), (2048, 18, 9)]
 def test_costs_are_those_counted_by_hand(room, changes, terms, channels, height, width):
     with torch.device("meta"):  # shapes without numbers: counting needs no more
         x = torch.empty(1, channels, height, width)
-        gated = ROOMS[room].from_reading("paper", channels, **changes)
+        gated = ROOMS[room].from_reading("paper", channels, join="residual_zero", **changes)
         module = ROOMS[room].from_reading("paper_bare", channels, **changes)
     by_hand = {"mecs": mecs_by_hand, "fem": fem_by_hand}[room]
     expected = by_hand(channels, height, width, **terms)

@@ -352,7 +352,7 @@ def test_embed_gives_unit_features_of_any_number(method, count):
         visible = method.eval().embed(images, "visible")
         infrared = method.embed(images, "infrared")
         alone = method.embed(images[:1], "visible")
-    assert visible.shape == (count, 192)
+    assert visible.shape == (count, 96)
     assert torch.allclose(visible.norm(dim=1), torch.ones(count))
     assert torch.equal(visible, infrared)  # one network
     assert torch.allclose(visible[:1], alone, atol=1e-5)

@@ -3,7 +3,7 @@
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from afen import people, probes
+from afen.batches import PackedImages, pack
 from afen.core import torch_generator
+from afen.datasets import Split, check_split, load
 from afen.evaluation import evaluate_trials
 from afen.losses import pairwise_distances
 from afen.method import POCKET_RECIPE, create, method_class, method_names
@@ -46,6 +48,35 @@ def subject(run):
 
 def random(*shape, key=0):
     return torch.randn(*shape, generator=torch_generator("test probes", key))
+
+
+def test_a_pocket_run_is_probed_on_its_first_sets():
+    """As many trials as sets, on the same images in the same order, under new row numbers."""
+    split = load("pocket-regdb")
+    whole = pack(split.root, split.test.path, (POCKET_RECIPE.height, POCKET_RECIPE.width))
+    first = probes.first_sets(SimpleData(split, whole))
+    n = probes.PROBED * people.TEST_SET
+    assert first.split.test.identity.nunique() == n < split.test.identity.nunique()
+    assert len(first.split.trials) == 2 * probes.PROBED
+    assert len(first.test.images) == len(first.split.test)
+    by_name = {(t.setting, t.number): t for t in split.trials}
+    for trial in first.split.trials:
+        same = by_name[trial.setting, trial.number]
+        for kind in ("query", "gallery"):
+            paths = first.split.test.path[getattr(trial, kind)].tolist()
+            assert paths == split.test.path[getattr(same, kind)].tolist()
+    row = first.split.trials[-1].gallery[3]
+    assert check_split(first.split) is first.split
+    there = np.flatnonzero(split.test.path == first.split.test.path[row])
+    assert first.test.batch(np.array([row])).equal(whole.batch(there))
+
+
+@dataclass(frozen=True)
+class SimpleData:
+    """What `first_sets` asks of a run's data."""
+
+    split: Split
+    test: PackedImages
 
 
 @pytest.mark.parametrize("kind", probes.NOISE)
@@ -190,7 +221,7 @@ def test_the_declared_weighted_triplet_is_what_the_losses_compute(name, subject)
     """`hardness` asks the declaration; pooled features and views must be AGW's."""
     kind = method_class(name)
     assert kind.weighted_triplet == (kind.losses is AGW.losses)
-    other = create(name, 4, POCKET_RECIPE)
+    other = create(name, 4, kind.recipes["pocket"])
     tables = probes.hardness(
         probes.Subject(replace(subject.run, network=other), subject.data)
     )

@@ -213,7 +213,8 @@ def test_the_pictures_of_large_sets_are_few(evidence, monkeypatch):
     chosen = report.choose_all(evidence.lists, ids)
     assert 0 < len(chosen[0]) < len(evidence.lists[0].query)
     assert len(report.page_data(evidence)["images"]) <= 12
-    hard = evidence.lists[0].table["rank"].idxmax()
+    table = evidence.lists[0].table
+    hard = table.AP[table["rank"] == table["rank"].max()].idxmin()  # of equals the lower AP
     assert len(chosen[0]) == 1 or hard in chosen[0]
 
 

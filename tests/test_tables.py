@@ -225,12 +225,12 @@ def test_failed_runs_are_counted(record):
 
 
 def test_partial_runs_never_give_a_verdict_nor_mix_with_whole_ones(record):
-    partial = ten(record, 86.3, status="partial", label_label_noise=0.2)
+    partial = ten(record, 86.3, status="partial", label_noise=0.2)
     row = cell(table1(partial))
     assert (row["status"], row["verdict"]) == ("partial", "inconclusive")
     both = cell(table1(ten(record, 70.0) + partial))
     assert (both["status"], both["mean"]) == ("full", 70)
-    other = [record(50.0, "partial", label_label_noise=x) for x in (0.2, 0.5)]
+    other = [record(50.0, "partial", label_noise=x) for x in (0.2, 0.5)]
     mixed = cell(table1(other))
     assert np.isnan(mixed["mean"]) and "2 recipes" in mixed["reason"]
 
@@ -238,8 +238,8 @@ def test_partial_runs_never_give_a_verdict_nor_mix_with_whole_ones(record):
 def test_runs_of_another_recipe_change_nothing(record):
     """Ablations and noise runs of a row's method, finished or failed."""
     own = ten(record, 86.0)
-    wrong = record(0.0, "failed", split=3, label_label_noise=0.5)
-    other = [wrong, record(20.0, "partial", label_label_noise=0.2), record(20.0, precision="float32")]
+    wrong = record(0.0, "failed", split=3, label_noise=0.5)
+    other = [wrong, record(20.0, "partial", label_noise=0.2), record(20.0, precision="float32")]
     pd.testing.assert_frame_equal(table1(own), table1([*other, *own]))
     (alone,) = {cell(table1([wrong]), metric=m)["reason"] for m in ("rank1", "mAP")}
     assert alone == "no run of the row's own recipe"
@@ -394,7 +394,7 @@ def test_comparisons_that_mean_nothing(record):
     wrong = {
         "share no split and seed": record(50.0, seed=1),
         "different data sets": record(50.0, dataset="sysu"),
-        "more than split and seed": [one, record(50.0, label_label_noise=0.2, seed=1)],
+        "more than split and seed": [one, record(50.0, label_noise=0.2, seed=1)],
     }
     for words, other in wrong.items():
         with pytest.raises(ValueError, match=words):

@@ -7,13 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import torchvision
 from safetensors.torch import load_file, save_file
 
 from afen import trained
+from afen.backbone import load_resnet
 from afen.datasets import list_folder
 from afen.evaluation import average, evaluate_trials
-from afen.method import POCKET_RECIPE, create, method_names
+from afen.method import POCKET_RECIPE, create, method_class, method_names
 from afen.people import write_tree
 from afen.records import fingerprint
 from afen.runs import DEFAULTS, carry_out, make_plan
@@ -25,7 +25,7 @@ SIZE = {"n_train": 4, "n_test": 3, "n_images": 2, "size": (48, 24)}
 def start_weights(tmp_path_factory):
     """A file of start weights, to be moved away after training."""
     path = tmp_path_factory.mktemp("start") / "start.pth"
-    torch.save(torchvision.models.resnet18(weights=None).state_dict(), path)
+    torch.save(load_resnet(POCKET_RECIPE.depth, "none").state_dict(), path)
     return path
 
 
@@ -74,7 +74,7 @@ def test_a_run_opens_without_its_data_and_its_start_weights(
         mine = write_tree("folder", tmp_path / "mine", n_train=2, n_test=2, n_images=2)
         crops = list_folder(mine)
         features = run.embed(run.pack(mine, crops.path, tmp_path), crops.modality)
-        assert features.shape == (len(crops), 512) and not run.network.training
+        assert features.shape == (len(crops), 128) and not run.network.training
         with pytest.raises(FileNotFoundError, match="Weights file .*start.pth"):
             trained.initial_network(run, start_weights)
         with pytest.raises(ValueError, match="is not the one that the run started from"):
@@ -179,7 +179,7 @@ def test_a_table_of_another_length_is_refused(run, images, n):
 
 @pytest.mark.parametrize("name", method_names())
 def test_every_method_refuses_other_words_and_is_called_like_a_network(name):
-    network = create(name, 4, POCKET_RECIPE).eval()
+    network = create(name, 4, method_class(name).recipes["pocket"]).eval()
     images = torch.zeros(2, 3, 64, 32, dtype=torch.uint8)
     with pytest.raises(ValueError, match='"thermal" is not visible or infrared'):
         network.embed(images, "thermal")

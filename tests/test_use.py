@@ -325,10 +325,10 @@ def test_features_of_crops_are_written(shelf, crops, tmp_path, capsys):
     words = ("embed", run, crops / "day", "--modality", "visible", "-o", out, "--device", "cpu")
     code, text, _ = call(capsys, *words)
     with np.load(out, allow_pickle=False) as file:
-        assert file["features"].shape == (8, 512) and file["path"].tolist() == _names(crops / "day")
+        assert file["features"].shape == (8, 128) and file["path"].tolist() == _names(crops / "day")
         assert set(file["modality"]) == {"visible"} and str(file["run"]) == run.name
         np.testing.assert_allclose(np.linalg.norm(file["features"], axis=1), 1, atol=1e-5)
-    assert code == 0 and "(8, 512) of 8 visible images" in text
+    assert code == 0 and "(8, 128) of 8 visible images" in text
 
 
 def test_a_search_leaves_lines_a_table_and_a_picture(shelf, crops, tmp_path, capsys, gallery):

@@ -71,6 +71,18 @@ def test_what_else_is_compared_can_take_a_verdict_away():
     assert verdict_table(pd.DataFrame({"one": small} | noise)).verdict["one"] != "supported"
 
 
+def test_a_familys_verdicts_are_those_of_its_table():
+    table = {f"about {a}": a[0] + a[1] * SPREAD for a in EFFECTS}
+    effects = [effect(values) for values in table.values()]
+    verdict = verdicts.decide_all(effects)
+    assert verdict == verdict_table(pd.DataFrame(table)).verdict.tolist()
+    assert verdicts.decide_all(effects[::-1]) == verdict[::-1]  # no order matters
+    small = effect(0.4 + 0.3 * SPREAD)
+    assert verdicts.decide_all([small]) == ["supported"]
+    crowd = [effect(draws("crowd", k, size=6, std=3.0)) for k in range(40)]
+    assert verdicts.decide_all([small, *crowd])[0] != "supported"
+
+
 def runs_of(cells, trunks=3, seeds=2):
     return pd.DataFrame([
         {"cell": cell, "trunk": t, "seed": s, "value": 10 * t + s + more}

@@ -196,7 +196,8 @@ class SPOT(Method):
         super().__init__(n_identities, recipe, options)
         self.net = DualResNet(recipe.depth, recipe.weights)
         channels = self.net.channels
-        self.structure = Structure(channels // 4, channels // 16)
+        early = self.net.trunk["layer3"][0].conv1.in_channels  # what layer2 puts out
+        self.structure = Structure(early, early // 4)
         self.asr, self.tpi = ASR(channels), TPI(channels, channels // 8)
         self.head = Head(channels, n_identities)  # pools and reads ASR's map
         self.part_neck = make_neck(channels)
