@@ -45,7 +45,7 @@ from afen.records import (
     write_record,
 )
 from .runs import DEFAULTS, make_plan
-from .verdicts import decide_all, effect
+from .verdicts import Effect, decide_all, effect
 
 # %% ../nbs/26_grid.ipynb #b7e36352
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ PRESETS = {
     "pocket": Preset(
         {"regdb": ("pocket-regdb", 1), "sysu": ("pocket-sysu", 1)},
         {
-            "joins": (0, 1, 2, 3), "": tuple(range(4, 10)),
+            "joins": (0, 1, 2), "": tuple(range(4, 10)),
         },
         STUDIES,
         {},
