@@ -98,6 +98,7 @@ OTHER_WORDS = {  # as other codes call a parameter
 }
 
 # %% ../nbs/25_runs.ipynb #10da420a
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -200,9 +201,9 @@ def start_file(weights: str) -> Path | None:
     if weights in ("imagenet", "none"):
         return None
     path = Path(weights).expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):  # which no name makes fail, however long
         raise ValueError(
-            f"Weights file {weights} does not exist: use imagenet, none, or the path "
+            f"Weights file {weights:.200} does not exist: use imagenet, none, or the path "
             "of a state dict."
         )
     return path
@@ -832,9 +833,6 @@ def check_machine(plan: Plan) -> None:
     check_folder(plan)
 
 # %% ../nbs/25_runs.ipynb #9b0e21d9
-import os
-
-
 def check_folder(plan: Plan) -> None:
     """Raise OSError if the run's folder cannot be written, ValueError if it is another's."""
     above = (plan.folder, *plan.folder.absolute().parents)

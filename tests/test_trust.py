@@ -635,3 +635,8 @@ def test_names_from_files_are_no_code_in_a_figure(tmp_path):
     curves = {SCRIPT: np.linspace(0.2, 1, 20)}
     figures.save(figures.cmc_curve(curves), tmp_path / "curve", pd.DataFrame(), SCRIPT)
     assert "<script" not in (tmp_path / "curve.svg").read_text()
+
+
+def test_start_weights_of_a_name_that_no_system_allows():
+    with pytest.raises(ValueError, match="does not exist: use imagenet"):
+        runs.make_plan(runs.DEFAULTS | {"weights": "a" * 5000})
