@@ -640,3 +640,12 @@ def test_names_from_files_are_no_code_in_a_figure(tmp_path):
 def test_start_weights_of_a_name_that_no_system_allows():
     with pytest.raises(ValueError, match="does not exist: use imagenet"):
         runs.make_plan(runs.DEFAULTS | {"weights": "a" * 5000})
+
+
+def test_joints_with_rows_longer_than_their_head_are_refused(tmp_path):
+    root = write_tree("regdb", tmp_path / "tree", n_train=2, n_test=2, n_images=1)
+    head, *rows = (root / "joints.csv").read_text().splitlines()
+    longer = [head, *(f"{row},0.0" for row in rows)]
+    (root / "joints.csv").write_text("\n".join(longer))
+    with pytest.raises(ValueError, match="longer than its first line"):
+        load("regdb", root)
