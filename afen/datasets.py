@@ -840,6 +840,8 @@ def _fault_of_joints(joints: pd.DataFrame) -> str:
     """The first thing that is wrong with a table of joints; "" if nothing is."""
     if absent := [c for c in ["path", *JOINT_COLUMNS] if c not in joints]:
         return f"no column {absent[0]}"
+    if not isinstance(joints.index, pd.RangeIndex):  # pandas then shifts the columns
+        return "rows that are longer than its first line"
     if joints.path.duplicated().any():
         return "a path twice"
     numbers = joints[JOINT_COLUMNS].apply(pd.to_numeric, errors="coerce")

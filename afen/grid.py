@@ -355,7 +355,7 @@ def job_lines(chosen: Iterable[Job], done: Iterable[str] = ()) -> list[str]:
     return [shlex.join([job.id, *job.arguments()]) for job in missing]
 
 # %% ../nbs/26_grid.ipynb #ac09e589
-IMAGES = {"pocket-regdb": 1024, "pocket-sysu": 1137, "regdb": 2060, "sysu": 22258}
+IMAGES = {"pocket-regdb": 1024, "pocket-sysu": 1140, "regdb": 2060, "sysu": 22258}
 
 
 def total_steps(
