@@ -9,9 +9,9 @@ __all__ = ['MODALITIES', 'IMAGE_COLUMNS', 'Parts', 'SOURCES', 'NAMES', 'IMAGE_SU
            'left_out', 'list_cameras', 'path_below', 'read_index', 'list_indexed', 'relabel', 'both_directions',
            'read_regdb', 'read_mat', 'read_ids', 'gallery_cells', 'draw_random', 'read_permutations', 'draw_official',
            'cells_unlike', 'file_numbers', 'sysu_trials', 'read_sysu', 'llcm_trials', 'read_llcm', 'check_order',
-           'list_folder', 'number_names', 'other_files', 'read_folder', 'read_joints', 'unanswerable', 'in_sets',
+           'list_folder', 'number_names', 'other_files', 'read_folder', 'read_joints', 'without_match', 'in_sets',
            'part_of', 'check_split', 'read_split', 'count_indices', 'regdb_lines', 'count_regdb', 'count_sysu',
-           'count_llcm', 'count_folder', 'count_tree', 'read_splits', 'dropped_queries', 'count_unanswerable',
+           'count_llcm', 'count_folder', 'count_tree', 'read_splits', 'most_without_match', 'count_without_match',
            'equal_images', 'image_table', 'count_equal', 'Report', 'compare_counts', 'verify', 'count_departures',
            'with_noise', 'check_choices', 'load', 'summary']
 
@@ -858,7 +858,7 @@ def _hides(protocol: str, query_camera: int, gallery_camera: int) -> bool:
     return protocol == "llcm" and query_camera == gallery_camera
 
 
-def unanswerable(trial: Trial, test: pd.DataFrame, protocol: str) -> int:
+def without_match(trial: Trial, test: pd.DataFrame, protocol: str) -> int:
     """How many queries of a trial have no match that they may see."""
     identity, camera = (test[column].to_numpy() for column in ("identity", "camera"))
     query, gallery = (
@@ -916,7 +916,7 @@ def check_split(split: Split) -> Split:
     for trial in split.trials:
         if not (len(trial.query) and len(trial.gallery)):
             raise ValueError(f"{where}: no query or no gallery in {trial.setting}.")
-        if unanswerable(trial, split.test, split.protocol) == len(trial.query):
+        if without_match(trial, split.test, split.protocol) == len(trial.query):
             raise ValueError(
                 f"{where}: no query of {trial.setting} has a match that it may see."
             )
@@ -1174,7 +1174,7 @@ def _count_sysu_test(test: pd.DataFrame) -> Counts:
         counts[f"gallery, {setting}"] = sum(min(shots, len(rows)) for rows in cells)
     query = np.flatnonzero(test.modality == "infrared")
     indoor = np.flatnonzero(test.camera.isin((1, 2)))
-    dropped = unanswerable(Trial("indoor", 0, query, indoor), test, "sysu")
+    dropped = without_match(Trial("indoor", 0, query, indoor), test, "sysu")
     counts["queries"] = len(query)
     counts["indoor queries with a match"] = len(query) - dropped
     return {what: (number, "") for what, number in counts.items()}
@@ -1268,19 +1268,19 @@ def read_splits(name: str, listing: Listing) -> tuple[list[Split], list[str]]:
     return splits, refused
 
 # %% ../nbs/02_datasets.ipynb #815903f6
-def dropped_queries(splits: Iterable[Split]) -> dict[str, int]:
+def most_without_match(splits: Iterable[Split]) -> dict[str, int]:
     """Queries without a match that they may see, by setting: the most of any trial."""
     dropped: dict[str, int] = {}
     for split in splits:
         for trial in split.trials:
-            n = unanswerable(trial, split.test, split.protocol)
+            n = without_match(trial, split.test, split.protocol)
             dropped[trial.setting] = max(n, dropped.get(trial.setting, 0))
     return dropped
 
 
-def count_unanswerable(splits: Iterable[Split]) -> Counts:
+def count_without_match(splits: Iterable[Split]) -> Counts:
     """Queries without a match: the most of any trial, and by setting in the note."""
-    dropped = dropped_queries(splits)
+    dropped = most_without_match(splits)
     note = ", ".join(f"{n} in {setting}" for setting, n in dropped.items() if n)
     return {"queries without a match": (max(dropped.values(), default=0), note)}
 
@@ -1398,7 +1398,7 @@ def verify(
     """
     listing = list_tree(find_root(name, root))
     splits, refused = read_splits(name, listing)
-    counts = count_tree(name, listing) | count_unanswerable(splits)
+    counts = count_tree(name, listing) | count_without_match(splits)
     counts |= count_equal(equal_images(listing, image_table(splits)), splits)
     counts["splits that cannot be loaded"] = len(refused), next(iter(refused), "")
     return compare_counts(name, counts, rules_only=name.startswith("pocket-"))
@@ -1409,7 +1409,7 @@ def count_departures(name: str, listing: Listing, split: Split) -> tuple[str, ..
 
     A rendered tree is held to the rules only.
     """
-    counts = count_tree(name, listing) | count_unanswerable([split])
+    counts = count_tree(name, listing) | count_without_match([split])
     return compare_counts(name, counts, rules_only=split.rendered).departures
 
 # %% ../nbs/02_datasets.ipynb #90840850
@@ -1484,13 +1484,13 @@ def summary(split: Split) -> pd.DataFrame:
         counts = table.modality.value_counts()
         rows[part] = {"identities": table.identity.nunique(), "images": len(table), **counts}
     for trial in split.trials:
-        row = rows.setdefault(trial.setting, {"trials": 0, "unanswerable": 0})
+        row = rows.setdefault(trial.setting, {"trials": 0, "without match": 0})
         row["trials"] += 1
         row.setdefault("queries", len(trial.query))
         row.setdefault("gallery", len(trial.gallery))
-        dropped = unanswerable(trial, split.test, split.protocol)
-        row["unanswerable"] = max(row["unanswerable"], dropped)
+        dropped = without_match(trial, split.test, split.protocol)
+        row["without match"] = max(row["without match"], dropped)
     if split.left_out:
         rows["left out"] = {"images": len(split.left_out)}
-    order = ["identities", "images", *MODALITIES, "queries", "unanswerable", "gallery", "trials"]
+    order = ["identities", "images", *MODALITIES, "queries", "without match", "gallery", "trials"]
     return pd.DataFrame.from_dict(rows, "index").reindex(columns=order).astype("Int64")

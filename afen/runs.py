@@ -247,7 +247,7 @@ from afen.datasets import (
     Split,
     compare_counts,
     count_equal,
-    dropped_queries,
+    most_without_match,
     load,
     summary,  # `train` shows it
 )
@@ -277,7 +277,7 @@ class Data:
             "train_identities": int(train.identity.nunique()),
             "test_images": len(test),
             "test_identities": int(test.identity.nunique()),
-            "queries_without_match": dropped_queries([self.split]),
+            "queries_without_match": most_without_match([self.split]),
         }
 
 # %% ../nbs/25_runs.ipynb #f75d3d24
@@ -343,7 +343,7 @@ def dropped_line(split: Split) -> str:
     RegDB's rule a query sees all of the gallery; one without a match is a departure.
     """
     sizes = {trial.setting: len(trial.query) for trial in split.trials}
-    dropped = dropped_queries([split]) if split.protocol != "regdb" else {}
+    dropped = most_without_match([split]) if split.protocol != "regdb" else {}
     words = ", ".join(f"{n} of {sizes[s]} in {s}" for s, n in dropped.items() if n)
     return f"Queries without a match, which the protocol leaves out: {words}.\n" if words else ""
 

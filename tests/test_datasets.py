@@ -23,8 +23,8 @@ from afen.datasets import (
     list_tree,
     load,
     summary,
-    unanswerable,
     verify,
+    without_match,
 )
 from afen.evaluation import evaluate
 from afen.people import has_rendered_mark, write_tree
@@ -1069,17 +1069,17 @@ def dropped_by_evaluation(split, trial):
 
 
 @pytest.mark.parametrize("name", ["regdb", "sysu", "llcm", "folder"])
-def test_unanswerable_queries_are_those_that_the_evaluation_drops(request, name):
+def test_queries_without_match_are_those_that_the_evaluation_drops(request, name):
     root = request.getfixturevalue(name)
     if name == "llcm":  # person 12 is left with infrared camera 1 only
         shutil.rmtree(root / "test_nir/cam9/0012")
     split = load(name, root)
-    counted = [unanswerable(t, split.test, split.protocol) for t in split.trials]
+    counted = [without_match(t, split.test, split.protocol) for t in split.trials]
     assert counted == [dropped_by_evaluation(split, t) for t in split.trials]
     assert (max(counted) > 0) == (name in ("sysu", "llcm"))
     table = summary(split)
     for trial, n in zip(split.trials, counted):
-        assert table.loc[trial.setting, "unanswerable"] >= n
+        assert table.loc[trial.setting, "without match"] >= n
 
 
 def test_wrong_labels_are_made_when_asked_for(regdb):
