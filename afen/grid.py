@@ -258,7 +258,7 @@ PRESETS = {
     "pocket": Preset(
         {"regdb": ("pocket-regdb", 1), "sysu": ("pocket-sysu", 1)},
         {
-            "joins": (0, 1, 2), "": tuple(range(4, 10)),
+            "joins": (0, 1, 2), "modules": tuple(range(3, 13)), "": tuple(range(4, 10)),
         },
         STUDIES,
         {},
