@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'LEAST', 'IDLE', 'FROM_WORST', 'Measure', 'AFEN_CELL', 'MEDIAN_PAIR', 'KEEPS', 'ENOUGH', 'SIDES', 'CLAIMS',
-           'TESTS', 'Panel', 'LOOKS', 'MODULE_CELLS', 'KINDS', 'SAID', 'overall', 'by_unit', 'estimate', 'mean',
-           'mean_ap', 'Evidence', 'map_change', 'least_change', 'Test', 'inner_test', 'paired_test', 'judge',
-           'describe', 'table_of_tests', 'noise_cost', 'drift_ratio', 'noise_tests', 'least_share', 'strip_taps',
-           'extents', 'least_step', 'strip_tests', 'powers', 'halves', 'kept_power', 'separation', 'frequency_tests',
-           'gap_rows', 'gap_closed', 'final_gap', 'confusion', 'gap_tests', 'hardest', 'above_fifth', 'above_wrt',
-           'loss_tests', 'transfer_map', 'whole_tests', 'all_tests', 'sets_of_claim', 'claim_verdict', 'verdict_table',
+           'TESTS', 'Panel', 'LOOKS', 'MODULE_CELLS', 'SAID', 'overall', 'by_unit', 'estimate', 'mean', 'mean_ap',
+           'Evidence', 'map_change', 'least_change', 'Test', 'inner_test', 'paired_test', 'judge', 'describe',
+           'table_of_tests', 'corruption_cost', 'drift_ratio', 'noise_tests', 'least_share', 'strip_taps', 'extents',
+           'least_step', 'strip_tests', 'powers', 'halves', 'kept_power', 'separation', 'frequency_tests', 'gap_rows',
+           'gap_closed', 'final_gap', 'confusion', 'gap_tests', 'hardest', 'above_fifth', 'above_wrt', 'loss_tests',
+           'transfer_map', 'whole_tests', 'all_tests', 'sets_of_claim', 'claim_verdict', 'verdict_table',
            'chance_verdicts', 'lines', 'dots', 'not_run', 'name_missing', 'name_lines', 'count', 'Drawing',
-           'draw_panels', 'probe_rows', 'noise_panel', 'noise_drawing', 'drift_panel', 'drift_drawing', 'share_panel',
-           'extent_panel', 'strip_drawing', 'band_power', 'power_panel', 'branch_panel', 'frequency_drawing',
-           'around_panel', 'feature_panel', 'gap_drawing', 'gradient_panel', 'gradient_drawing', 'whole_points',
-           'whole_drawing', 'afen_minus_caj', 'afen_minus_base', 'judged_gains', 'comparison_finding', 'table_finding',
-           'claims_finding', 'modules_finding', 'errata_finding', 'findings']
+           'draw_panels', 'probe_rows', 'severity_panel', 'corruption_drawing', 'drift_panel', 'drift_drawing',
+           'share_panel', 'extent_panel', 'strip_drawing', 'band_power', 'power_panel', 'branch_panel',
+           'frequency_drawing', 'around_panel', 'feature_panel', 'gap_drawing', 'gradient_panel', 'gradient_drawing',
+           'whole_points', 'whole_drawing', 'afen_minus_caj', 'afen_minus_base', 'judged_gains', 'comparison_finding',
+           'table_finding', 'claims_finding', 'modules_finding', 'errata_finding', 'findings']
 
 # %% ../nbs/29_claims.ipynb #421a6093
 import tomllib
@@ -32,6 +32,7 @@ from scipy import stats
 
 from . import figures, grid
 from .core import keyed_rng, nearest, project_root
+from .corruptions import GROUPS
 from .probes import Tables, high_share, partner, probe_table
 from .records import scores_table
 from .tables import METRIC_TITLES, real_records, row_verdicts, table1
@@ -276,15 +277,15 @@ AFEN_CELL = ("modules", grid.FULL)  # group and label of AFEN as it stands
 MEDIAN_PAIR = ("pooling branches", "all three", "average, maximum")  # with, without it
 
 
-def noise_cost(tables: Tables) -> float:
-    """What noise does to mAP, mean over kinds, levels and settings: points, below 0."""
-    clean = mean(row["mAP"] for row in tables["noise"] if row["kind"] == "none")
-    noisy = mean(row["mAP"] for row in tables["noise"] if row["kind"] != "none")
-    return 100 * (noisy - clean)
+def corruption_cost(tables: Tables) -> float:
+    """What corruptions do to mAP, mean over severities and settings: points, below 0."""
+    rows = tables.get("corruption", ())  # probes of before it have none
+    clean = mean(row["mAP"] for row in rows if not row["severity"])
+    return 100 * (mean(row["mAP"] for row in rows if row["severity"]) - clean)
 
 
 def drift_ratio(branch: str) -> Measure:
-    """Drift over spread of a branch of Eq. (1), mean over kinds and levels."""
+    """Drift over spread of a branch of Eq. (1), mean over groups and severities."""
     return lambda tables: mean(
         row["drift"] / max(row["spread"], 1e-9)
         for row in tables["drift"]
@@ -300,13 +301,13 @@ def noise_tests(evidence: Evidence) -> list[Test]:
     )
     less = evidence.cell(*AFEN_CELL, np.minimum(average, maximum) - median)
     both = least_change(evidence, "MECS", *MEDIAN_PAIR)
-    cost = evidence.by_run(noise_cost)
+    cost = evidence.by_run(corruption_cost)
     return [
         inner_test(1, "the median drifts less than either other branch",
                    less, least_change(evidence, "MECS", *AFEN_CELL)),
         paired_test(evidence, 1, "the attention drifts less with the median than without",
                     MEDIAN_PAIR, -whole, both),
-        paired_test(evidence, 1, "noise costs less mAP with the median than without",
+        paired_test(evidence, 1, "corruptions cost less mAP with the median than without",
                     MEDIAN_PAIR, cost, size=SIZE),
     ]  # fmt: skip
 
@@ -698,61 +699,53 @@ def probe_rows(
     return rows
 
 # %% ../nbs/29_claims.ipynb #55d6b8c2
-KINDS = {"Gaussian": "gaussian", "salt and pepper": "salt-and-pepper"}  # title -> kind
-
-
-def noise_panel(metric: str, kind: str, cells: pd.DataFrame) -> Panel:
-    """A metric against the level of one kind of noise."""
+def severity_panel(metric: str, cells: pd.DataFrame) -> Panel:
+    """A metric against the severity of corruptions."""
 
     def panel(axes: Axes, table: pd.DataFrame) -> None:
-        chosen = table[table.kind.isin(["none", kind])]
-        chosen = chosen.groupby(["label", "run", "level"], sort=False)[metric].mean()
+        chosen = table.groupby(["label", "run", "severity"], sort=False)[metric].mean()
         chosen = (100 * chosen).reset_index()
         for place, name in enumerate(cells.label.unique()):  # a look each, run or not
-            lines(axes, chosen[chosen.label == name], "level", metric, "label", place)
-        axes.set(xlabel="level", ylabel=f"{METRIC_TITLES[metric]} [%]")
+            lines(axes, chosen[chosen.label == name], "severity", metric, "label", place)
+        axes.set(xlabel="severity", ylabel=f"{METRIC_TITLES[metric]} [%]")
         name_missing(axes, table, cells)
 
     return panel
 
 
-def noise_drawing(
-    evidence: Evidence,
-    metric: str,  # "mAP" or "rank1"
-) -> Drawing:
-    """Scores of noisy queries: the base, AFEN, and AFEN without the median."""
+def corruption_drawing(evidence: Evidence) -> Drawing:
+    """Scores with corrupted images: the base, AFEN, and AFEN without the median."""
     group, _, without = MEDIAN_PAIR
     cells = pd.concat([
         evidence.select("modules", "base", grid.FULL),
         evidence.select(group, without).assign(label="no median"),
     ])
-    stem = {"mAP": "noise_scores", "rank1": "noise_rank1"}[metric]
-    caption = f"{METRIC_TITLES[metric]} of noisy queries in a clean gallery against the level "
-    panels = {title: noise_panel(metric, kind, cells) for title, kind in KINDS.items()}
-    rows = probe_rows(evidence, "noise", cells)
-    return draw_panels(evidence, stem, caption + "of noise.", rows, panels)
+    caption = "Scores against the severity of the visible images' corruptions; 0: as they are."
+    panels = {METRIC_TITLES[metric]: severity_panel(metric, cells) for metric in ("mAP", "rank1")}
+    rows = probe_rows(evidence, "corruption", cells)
+    return draw_panels(evidence, "corruption_scores", caption, rows, panels)
 
 # %% ../nbs/29_claims.ipynb #069fcc6e
-def drift_panel(kind: str) -> Panel:
-    """Drift over spread of each branch against the level of one kind of noise."""
+def drift_panel(group: str) -> Panel:
+    """Drift over spread of each branch against the severity of one group of corruptions."""
 
     def panel(axes: Axes, table: pd.DataFrame) -> None:
-        chosen = table[table.kind == kind]
+        chosen = table[table.kind == group]
         chosen = chosen.assign(ratio=chosen.drift / chosen.spread.clip(lower=1e-9))
         chosen = chosen.replace({"branch": {"all": "$F_c$"}})
-        lines(axes, chosen, "level", "ratio", "branch")
-        axes.set(xlabel="level", ylabel="drift / spread")
+        lines(axes, chosen, "severity", "ratio", "branch")
+        axes.set(xlabel="severity", ylabel="drift / spread")
 
     return panel
 
 
 def drift_drawing(evidence: Evidence) -> Drawing:
-    """How far noise moves the gates of Eq. (1)."""
-    caption = "How far noise moves each gate of Eq. (1) and their sum, over how far "
+    """How far corruptions move the gates of Eq. (1)."""
+    caption = "How far corruptions move each gate of Eq. (1) and their sum, over how far "
     rows = probe_rows(evidence, "drift", evidence.select(*AFEN_CELL), "MECS")
-    panels = {title: drift_panel(kind) for title, kind in KINDS.items()}
+    panels = {group: drift_panel(group) for group in GROUPS}
     about = caption + "another image moves it."
-    return draw_panels(evidence, "noise_drift", about, rows, panels, "MECS")
+    return draw_panels(evidence, "corruption_drift", about, rows, panels, "MECS")
 
 # %% ../nbs/29_claims.ipynb #cce8222b
 def share_panel(axes: Axes, table: pd.DataFrame) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'CORRUPTIONS', 'SEVERITIES', 'is_installed', 'corruptions_package', 'numpy_seeded', 'corrupt',
-           'check_corruption', 'corrupt_as_drawn']
+           'check_corruption', 'draw_corruption', 'corrupt_as_drawn']
 
 # %% ../nbs/06_corruptions.ipynb #88f85fd6
 from collections.abc import Iterator, Sequence
@@ -102,10 +102,20 @@ def check_corruption(
     return names
 
 # %% ../nbs/06_corruptions.ipynb #b48c3019
+def draw_corruption(
+    name: int | str,  # of an image
+    seed: int = 0,  # of a repetition
+) -> tuple[str, int]:
+    """The corruption and the severity that an image gets."""
+    rng = keyed_rng("corruptions", seed, name)
+    return str(rng.choice(CORRUPTIONS)), int(rng.choice(SEVERITIES))
+
+
 def corrupt_as_drawn(
     images: np.ndarray,  # uint8 [N, H, W, 3], at least 32x32
     seed: int = 0,  # of a repetition
     names: Sequence[int | str] | None = None,  # of the images; their places if None
+    severity: int | None = None,  # one for all; drawn, too, if None
 ) -> tuple[np.ndarray, list[tuple[str, int]]]:
     """Each image under a corruption and a severity of its own, and which these are.
 
@@ -114,7 +124,7 @@ def corrupt_as_drawn(
     names = range(len(images)) if names is None else names
     drawn, out = [], []
     for image, name in zip(images, names, strict=True):
-        rng = keyed_rng("corruptions", seed, name)
-        drawn.append((str(rng.choice(CORRUPTIONS)), int(rng.choice(SEVERITIES))))
+        kind, own = draw_corruption(name, seed)
+        drawn.append((kind, severity or own))
         out.append(corrupt(image[None], *drawn[-1], seed, [name])[0])
     return np.stack(out), drawn

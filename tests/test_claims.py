@@ -138,13 +138,13 @@ def test_chance_contradicts_rarely_and_supports_hardly_ever():
     assert set(claims.chance_verdicts([silent]).values()) == {0}
 
 
-EMPTY = ("joins", "noise", "drift", "medians", "strips", "kernels", "spectra", "response")
+EMPTY = ("joins", "corruption", "drift", "medians", "strips", "kernels", "spectra", "response")
 EMPTY += ("gap", "hardness", "anchors", "transfer")
 NOTHING = dict.fromkeys(EMPTY, ())
 
 
 @pytest.mark.parametrize("measure", [
-    claims.noise_cost, claims.drift_ratio("all"), claims.least_share, claims.least_step,
+    claims.corruption_cost, claims.drift_ratio("all"), claims.least_share, claims.least_step,
     claims.kept_power, claims.separation, claims.gap_closed, claims.final_gap,
     claims.confusion, claims.above_fifth, claims.above_wrt, claims.transfer_map,
     claims.map_change("FEM"),
@@ -267,10 +267,10 @@ def made_up_tables(cell, number):
         return float(value * (1 + 0.01 * rng.standard_normal()))
 
     tables = {name: [] for name in EMPTY}
-    levels = [("none", 0.0), ("gaussian", 0.1), ("salt-and-pepper", 0.05)]
-    for kind, level in levels:
-        scores = {"mAP": near(0.5 - level), "rank1": near(0.6 - level)}
-        tables["noise"].append({"kind": kind, "level": level, "setting": "s"} | scores)
+    severities = (0, 1, 5)
+    for severity in severities:
+        scores = {"mAP": near(0.5 - severity / 20), "rank1": near(0.6 - severity / 20)}
+        tables["corruption"].append({"severity": severity, "setting": "s"} | scores)
     tables["gap"].append({"module": "", "where": "feature"} | gap_row(near))
     tables["transfer"].append({"dataset": "x", "setting": "s", "mAP": near(0.3), "rank1": 0.3})
     about = {"module": "net.m"}
@@ -278,9 +278,9 @@ def made_up_tables(cell, number):
         tables["joins"].append(about | {"kind": "MECS", "change": near(0.5), "gain": 1.0})
         tables["medians"].append(about | {"zero": near(0.2)})
         tables["drift"] += [
-            about | {"branch": branch, "kind": kind, "level": level}
+            about | {"branch": branch, "kind": "blur", "severity": severity}
             | {"drift": near(0.1), "spread": near(0.2)}
-            for branch in ("average", "maximum", "median", "all") for kind, level in levels[1:]
+            for branch in ("average", "maximum", "median", "all") for severity in severities[1:]
         ]  # fmt: skip
         for taps in (3, 5, 9):
             for strip in (f"1x{taps}", f"{taps}x1"):
@@ -328,7 +328,7 @@ def made_up(seeds):
 
 
 DRAWINGS = (
-    lambda e: claims.noise_drawing(e, "mAP"), claims.drift_drawing, claims.strip_drawing,
+    claims.corruption_drawing, claims.drift_drawing, claims.strip_drawing,
     claims.frequency_drawing, claims.gap_drawing, claims.gradient_drawing,
     claims.whole_drawing,
 )  # fmt: skip

@@ -14,8 +14,8 @@ from torch import nn
 from afen import people, probes
 from afen.batches import PackedImages, pack
 from afen.core import torch_generator
+from afen.corruptions import is_installed
 from afen.datasets import Split, check_split, load
-from afen.evaluation import evaluate_trials
 from afen.losses import pairwise_distances
 from afen.method import POCKET_RECIPE, create, method_class, method_names
 from afen.methods.agw import AGW
@@ -23,6 +23,9 @@ from afen.people import write_tree
 from afen.runs import DEFAULTS, carry_out, make_plan
 
 ROOT = Path(__file__).resolve().parent.parent
+needs_package = pytest.mark.skipif(
+    not is_installed(), reason="imagecorruptions-imaug is not installed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,23 +82,32 @@ class SimpleData:
     test: PackedImages
 
 
-@pytest.mark.parametrize("kind", probes.NOISE)
-def test_an_images_noise_depends_on_its_row_alone(subject, kind):
-    noisy = probes.NoisyImages(subject.data.test, kind, 0.1)
-    together, alone = noisy.batch(np.array([3, 5])), noisy.batch(np.array([5]))
-    assert together[1].equal(alone[0]) and not together[0].equal(together[1])
-    clean = probes.NoisyImages(subject.data.test, kind, 0.0)
-    assert clean.batch(np.array([3])).equal(subject.data.test.batch(np.array([3])))
+@needs_package
+def test_an_image_is_corrupted_by_its_name_alone(subject):
+    test, split = subject.data.test, subject.data.split.test
+    rows = np.flatnonzero(split.modality == "visible")
+    names = split.path.iloc[rows].tolist()
+    together = probes.corrupted_images(test, rows, names, 5)
+    alone = probes.corrupted_images(test, rows[2:3], names[2:3], 5)
+    assert np.array_equal(together.images[2], alone.images[0])
+    assert not np.array_equal(together.images, test.images[rows])
+    found = probes.corrupted_images(test, rows, names, 5)
+    assert found.path == together.path and found.path != test.path
 
 
-def test_salt_and_pepper_grows_where_it_was():
-    images = torch.full((1, 3, 40, 40), 90, dtype=torch.uint8)
-    uniform = torch.rand(1, 1, 40, 40, generator=torch_generator("salt"))
-    less, more = (
-        probes.add_noise(images, "salt-and-pepper", level, uniform) != images
-        for level in (0.1, 0.3)
-    )
-    assert 0 < less.sum() < more.sum() and (more | ~less).all()
+@needs_package
+def test_infrared_images_and_clean_scores_stay(subject):
+    tables = probes.corruption(subject)
+    clean = probes.mean_scores(subject.embed(), subject.data.split)
+    rows = [row for row in tables["corruption"] if row["severity"] == 0]
+    assert {row["setting"]: row["mAP"] for row in rows} == {k: s.mAP for k, s in clean.items()}
+    assert {row["severity"] for row in tables["drift"]} == {1, 2, 3, 4, 5}
+    assert all(row["drift"] > 0 for row in tables["drift"])
+
+
+def test_without_the_package_corruptions_are_not_measured(subject, monkeypatch):
+    monkeypatch.setattr(probes, "is_installed", lambda: False)
+    assert probes.corruption(subject) == {"corruption": [], "drift": []}
 
 
 @pytest.mark.parametrize("name", people.POCKET_SETS)
@@ -112,27 +124,14 @@ def test_a_transfer_meets_no_person_of_a_pocket_set(name):
     assert len(met) == len(strangers.identities) and not met & drawn
 
 
-def test_an_unknown_noise_names_the_nearest():
-    images = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="did you mean 'gaussian'"):
-        probes.add_noise(images, "gausian", 0.1, torch.full((1, 1, 4, 4), 0.5))
-
-
-def test_clean_queries_score_as_the_evaluation_does(subject):
-    features = subject.embed(subject.data.test)
-    split = subject.data.split
-    scores = probes.score_queries(features, features, split)
-    for setting, (expected,) in evaluate_trials(features, split).items():
-        assert scores[setting].mAP == expected.mAP
-        np.testing.assert_array_equal(scores[setting].cmc, expected.cmc)
-
-
 def test_a_gate_that_answers_the_same_does_not_drift_and_does_not_spread():
     attention = probes.ChannelAttention(4)
     nn.init.zeros_(attention.mlp[2].weight)
     gates = probes.branch_gates(attention, random(3, 4, 5, 5))
     other = probes.branch_gates(attention, random(3, 4, 5, 5, key=1))
-    (row, *_) = probes.drift({"a": attention}, {"a": other}, {"a": gates}, {})
+    (row, *_) = probes.drift(
+        {"a": attention}, {"a": other}, {"a": gates}, {"blur": np.arange(3)}, {}
+    )
     assert row["drift"] == 0 and row["spread"] < 1e-6
 
 
@@ -231,7 +230,7 @@ def test_the_declared_weighted_triplet_is_what_the_losses_compute(name, subject)
 def test_measuring_changes_nothing(subject):
     before = {k: v.clone() for k, v in subject.trained.state_dict().items()}
     probes.hardness(subject)
-    probes.noise(subject)
+    probes.corruption(subject)
     for name, value in subject.trained.state_dict().items():
         assert value.equal(before[name]), name
 
@@ -247,7 +246,7 @@ def test_the_command_line_keeps_a_probe_that_repeats(run, tmp_path):
     (kept,) = probes.load_probes(tmp_path)
     again = probes.probe(folder, root, "cpu")
     assert kept["measures"] == again["measures"] and kept["status"] == "smoke"
-    assert len(probes.probe_table([kept], "noise")) == 2 * (1 + 6)
+    assert len(probes.probe_table([kept], "corruption")) == 2 * 6 * is_installed()
     path = tmp_path / f"{kept['run']}.json"
     path.write_text(path.read_text().replace('"status": "smoke"', '"status": "partial"'))
     with pytest.raises(ValueError, match="changed after it was written"):

@@ -128,20 +128,21 @@ def resample_positions(
     positions: Tensor,  # [1, 1 + n, C], the class token's first
     grid: tuple[int, int],  # (h, w) of the patches
 ) -> Tensor:
-    """Positions for another grid, bilinear from a square one; [1, 1 + hw, C].
+    """Positions for another grid, bilinear from one of 1:1 or 2:1; [1, 1 + hw, C].
 
-    Raises ValueError when they come from another grid that is not square.
+    Raises ValueError when they come from a grid of other proportions.
     """
     count = positions.shape[1] - 1
     if count == math.prod(grid):
         return positions  # saved from a network like this one
-    if math.isqrt(count) ** 2 != count:
+    olds = [(n * w, w) for n in (1, 2) for w in [math.isqrt(count // n)] if n * w * w == count]
+    if not olds:
         raise ValueError(
-            f"Positions of {count} patches fit neither a square grid nor that of "
-            f"{grid[0]} x {grid[1]}: give weights trained on square images."
+            f"Positions of {count} patches fit no square grid, none twice as high as wide, and "
+            f"not that of {grid[0]} x {grid[1]}: give weights trained on such images."
         )
     return resample_abs_pos_embed(
-        positions, list(grid), interpolation="bilinear", antialias=False
+        positions, list(grid), list(olds[0]), interpolation="bilinear", antialias=False
     )
 
 
