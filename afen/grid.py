@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['BOTH', 'METHODS', 'ROWS', 'FULL', 'BASE', 'CORE', 'CONTROLS', 'LOSSES', 'POOLING', 'FEM_BRANCHES', 'PLACES', 'STRIPS',
-           'JOINING', 'READINGS', 'RECIPE', 'NONLOCAL', 'START', 'ONE_RECIPE', 'WRONG_LABELS', 'GRID', 'STUDIES',
-           'PRESETS', 'IMAGES', 'WEIGHTS', 'METRICS', 'SETTINGS', 'COLUMNS', 'SHOWN', 'Group', 'switch_change',
-           'joined', 'Preset', 'Job', 'make_job', 'jobs', 'runs_of', 'job_lines', 'total_steps', 'step_seconds',
-           'step_work', 'step_cost', 'plan', 'cost_text', 'plan_text', 'timed_records', 'GPU', 'this_gpu',
-           'driver_version', 'gpu_records', 'gpu_costs', 'price_by_gpu', 'disk_gigabytes', 'needs_text', 'gpu_text',
-           'last_error', 'may_pass', 'keep', 'results', 'differences', 'run_points', 'group_verdicts', 'main']
+           'JOINING', 'READINGS', 'RECIPE', 'NONLOCAL', 'VISIBLE', 'START', 'ONE_RECIPE', 'WRONG_LABELS', 'GRID',
+           'STUDIES', 'PRESETS', 'IMAGES', 'WEIGHTS', 'METRICS', 'SETTINGS', 'COLUMNS', 'SHOWN', 'Group',
+           'switch_change', 'joined', 'Preset', 'Job', 'make_job', 'jobs', 'runs_of', 'job_lines', 'total_steps',
+           'step_seconds', 'step_work', 'step_cost', 'plan', 'cost_text', 'plan_text', 'timed_records', 'GPU',
+           'this_gpu', 'driver_version', 'gpu_records', 'gpu_costs', 'price_by_gpu', 'disk_gigabytes', 'needs_text',
+           'gpu_text', 'last_error', 'may_pass', 'keep', 'results', 'differences', 'run_points', 'group_verdicts',
+           'main']
 
 # %% ../nbs/26_grid.ipynb #58324ad7
 import argparse
@@ -208,12 +209,16 @@ NONLOCAL = Group(
     "ablation", "non-local blocks", "Does the base lose by leaving them out?", "off",
     {"off": BASE, "on (CAJ)": {"method": "caj"}},
 )  # fmt: skip
+VISIBLE = "data/trunks/visible-00.safetensors"  # a trunk that saw no thermal image
 START = Group(
     "ablation", "start", "Does it matter what a run starts from?", "base, from chance",
     {
         "base, from chance": BASE | {"weights": "none"},
         f"{FULL}, from chance": {"weights": "none"},
+        "base, from visible light": BASE | {"weights": VISIBLE},
+        f"{FULL}, from visible light": {"weights": VISIBLE},
     },
+    pairs=((f"{FULL}, from visible light", "base, from visible light"),),
 )  # fmt: skip
 
 # %% ../nbs/26_grid.ipynb #26c0de02

@@ -218,6 +218,8 @@ def start_file(
     if weights in ("imagenet", "none"):
         return None
     path = Path(weights).expanduser()
+    if not os.path.isfile(path) and not path.is_absolute():
+        path = project_root() / path  # as the grid writes them
     if not os.path.isfile(path):  # which no name makes fail, however long
         raise ValueError(
             f"Weights file {weights:.200} does not exist: use imagenet, pocket, none, or the "
