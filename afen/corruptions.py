@@ -9,7 +9,6 @@ __all__ = ['GROUPS', 'CORRUPTIONS', 'SEVERITIES', 'is_installed', 'corruptions_p
 # %% ../nbs/06_corruptions.ipynb #88f85fd6
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from types import ModuleType
 
 import numpy as np
@@ -28,8 +27,12 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 # %% ../nbs/06_corruptions.ipynb #b98d37a2
 def is_installed() -> bool:
-    """Whether the package that makes the corruptions is there."""
-    return find_spec("imagecorruptions") is not None
+    """Whether the package that makes the corruptions is there, with all that it needs."""
+    try:
+        corruptions_package()
+    except ImportError:  # OpenCV, for one, wants the system's libGL
+        return False
+    return True
 
 
 def corruptions_package() -> ModuleType:
