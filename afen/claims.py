@@ -32,7 +32,7 @@ from scipy import stats
 
 from . import figures, grid
 from .core import keyed_rng, nearest, project_root
-from .corruptions import GROUPS
+from .corruptions import GROUPS, SEVERITIES
 from .probes import Tables, high_share, partner, probe_table
 from .records import scores_table
 from .tables import METRIC_TITLES, real_records, row_verdicts, table1
@@ -707,7 +707,7 @@ def severity_panel(metric: str, cells: pd.DataFrame) -> Panel:
         chosen = (100 * chosen).reset_index()
         for place, name in enumerate(cells.label.unique()):  # a look each, run or not
             lines(axes, chosen[chosen.label == name], "severity", metric, "label", place)
-        axes.set(xlabel="severity", ylabel=f"{METRIC_TITLES[metric]} [%]")
+        axes.set(xlabel="severity", ylabel=f"{METRIC_TITLES[metric]} [%]", xticks=(0, *SEVERITIES))
         name_missing(axes, table, cells)
 
     return panel
@@ -734,7 +734,7 @@ def drift_panel(group: str) -> Panel:
         chosen = chosen.assign(ratio=chosen.drift / chosen.spread.clip(lower=1e-9))
         chosen = chosen.replace({"branch": {"all": "$F_c$"}})
         lines(axes, chosen, "severity", "ratio", "branch")
-        axes.set(xlabel="severity", ylabel="drift / spread")
+        axes.set(xlabel="severity", ylabel="drift / spread", xticks=SEVERITIES)
 
     return panel
 
