@@ -211,7 +211,7 @@ NONLOCAL = Group(
 )  # fmt: skip
 VISIBLE = "data/trunks/visible-00.safetensors"  # a trunk that saw no thermal image
 START = Group(
-    "ablation", "start", "Does it matter what a run starts from?", "base, from chance",
+    "start", "start", "Does it matter what a run starts from?", "base, from chance",
     {
         "base, from chance": BASE | {"weights": "none"},
         f"{FULL}, from chance": {"weights": "none"},

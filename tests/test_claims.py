@@ -390,7 +390,7 @@ def test_the_page_works_with_made_up_runs(ablation, monkeypatch, tmp_path):
         if "parameters" in cell["metadata"].get("tags", []):
             page["out"] = str(tmp_path)
     plt.close("all")
-    assert sum(isinstance(one, Figure) for one in shown) == len(DRAWINGS) + 1  # and Rank-1
+    assert sum(isinstance(one, Figure) for one in shown) == len(DRAWINGS)
     said = pd.read_csv(tmp_path / "smoke_claims.csv")
     assert len(said) == said.test.nunique() and set(said.claim) == set(claims.CLAIMS)
     assert (tmp_path / "smoke_claims_gap.svg").exists()
