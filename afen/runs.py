@@ -365,7 +365,8 @@ def open_data(
     p = plan.given
     check_switches(plan)  # before images are read
     with warnings.catch_warnings(action="ignore"):  # what is left out is printed below
-        split = load(*(p[k] for k in ("dataset", "root", "split", "gallery", "label_noise", "seed")))
+        names = ("dataset", "root", "split", "gallery", "label_noise", "seed")
+        split = load(*(p[name] for name in names))
     if say:
         _say_split(split)
     train, test = _pack_both(split, (plan.recipe.height, plan.recipe.width))

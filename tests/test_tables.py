@@ -460,6 +460,7 @@ ALLOWED = {  # what may hold such a number, and why
     "the paper, quoted": r"^> \*\*Paper\*\*[^\n]*(?:\n>[^\n]*)*",
     "code, or what to type": r"^```[\s\S]*?^```|`[^`\n]*`",
     "a formula with more in it than a number": r"\$[^$\n]*[\\=A-Za-z][^$\n]*\$",
+    "the level of an interval": r"95\s%\s+intervals?",
     "a version, a size": r"Python \d\.\d+|License \d\.\d|\d+(?:\.\d+)? GB",
 }
 NUMBER = r"\d+\.\d+"
