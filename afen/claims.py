@@ -962,7 +962,7 @@ SAID = {
     "supported": "AFEN is better",
     "contradicted": "AFEN is worse",
     "no effect of size": f"the difference is less than {SIZE:g} point either way",
-    "inconclusive": "no difference is shown",
+    "inconclusive": "not decided after Holm's correction",
 }
 
 

@@ -204,11 +204,11 @@ def sides(records, probes=()):
 
 @pytest.mark.parametrize("gains, said", [
     ((1, 2, 3), "+2.0 on pocket-regdb (95 % interval over 3 trunks: −0.5 to +4.5): "
-                "no difference is shown;"),
+                "not decided after Holm's correction;"),
     ((9.9, 10, 10.1), "to +10.2): AFEN is better;"),
     ((-9.9, -10, -10.1), "to −9.8): AFEN is worse;"),
     ((0.02, 0.01, -0.02), ": the difference is less than 1 point either way;"),
-    ((4,), "+4.0 on pocket-regdb (n = 1, no interval): no difference is shown;"),
+    ((4,), "+4.0 on pocket-regdb (n = 1, no interval): not decided after Holm's correction;"),
     ((), "Rendered people: not run."),
 ])  # fmt: skip
 def test_afen_against_caj_in_a_sentence(gains, said):
@@ -227,7 +227,8 @@ def test_afen_against_the_base_in_a_sentence():
 
 def test_data_sets_that_do_not_agree_are_named():
     judged = claims.judge([a_test(1, 2, 3, 9.9, 10, 10.1)])
-    assert claims._outcome(judged) == "AFEN is better on b, no difference is shown on a"
+    undecided = "not decided after Holm's correction on a"
+    assert claims._outcome(judged) == f"AFEN is better on b, {undecided}"
 
 
 def test_real_data_are_repeated_by_splits_or_seeds():
