@@ -279,7 +279,7 @@ MEDIAN_PAIR = ("pooling branches", "all three", "average, maximum")  # with, wit
 
 def corruption_cost(tables: Tables) -> float:
     """What corruptions do to mAP, mean over severities and settings: points, below 0."""
-    rows = tables.get("corruption", ())  # probes of before it have none
+    rows = tables["corruption"]
     clean = mean(row["mAP"] for row in rows if not row["severity"])
     return 100 * (mean(row["mAP"] for row in rows if row["severity"]) - clean)
 
@@ -906,7 +906,8 @@ def whole_points(evidence: Evidence) -> pd.DataFrame:
         cells.assign(panel=cells.dataset + "\non itself", value=cells.run.map(evidence.mAP)),
         cells.assign(panel=cells.dataset + "\non " + other, value=far),
     ])
-    return points.assign(seed=points.split.astype(str) + "/" + points.seed.astype(str))
+    seed = points.split.astype(str) + "/" + points.seed.astype(str)
+    return points.assign(seed=seed, run=points.run.where(points.value.notna(), ""))
 
 
 def whole_drawing(evidence: Evidence) -> Drawing:

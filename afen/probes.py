@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROBED', 'Row', 'Tables', 'NO_CORRUPTIONS', 'BANDS', 'DEAD', 'N_BATCHES', 'PARTNERS', 'STRANGERS', 'MEASURES',
            'NO_PROBE', 'PROBE_SCHEMA', 'watch', 'parts', 'Subject', 'open_subject', 'first_sets', 'corrupted_images',
-           'mean_scores', 'branch_gates', 'relative_change', 'corruption', 'look_at_gates', 'image_groups',
-           'score_rows', 'drift', 'joins', 'response_shares', 'extent', 'strips', 'kernel_name', 'kernel', 'spectrum',
+           'mean_scores', 'score_rows', 'branch_gates', 'relative_change', 'image_groups', 'drift', 'watched_gates',
+           'corruption', 'joins', 'response_shares', 'extent', 'strips', 'kernel_name', 'kernel', 'spectrum',
            'high_share', 'refined_maps', 'white_response', 'frequencies', 'spectrum_rows', 'mmd', 'modality_gap', 'gap',
            'pooled_ends', 'fifths', 'pair_weights', 'pair_gradients', 'hardness_rows', 'anchor_row',
            'training_distances', 'hardness', 'partner', 'elsewhere', 'no_transfer', 'transfer', 'check_probe', 'tidy',
@@ -204,6 +204,14 @@ def mean_scores(
     each = evaluate_trials(features, split)
     return {setting: average(trials) for setting, trials in each.items()}
 
+
+def score_rows(scores: Mapping[str, Scores], about: Row) -> list[Row]:
+    """One row per setting, with Rank-1 and mAP."""
+    return [
+        about | {"setting": setting, "rank1": each.rank(1), "mAP": each.mAP}
+        for setting, each in scores.items()
+    ]
+
 # %% ../nbs/28_probes.ipynb #8c35c083
 def branch_gates(
     attention: ChannelAttention,
@@ -223,57 +231,11 @@ def relative_change(
     return ((other - gates).norm(dim=-1) / gates.norm(dim=-1)).mean(-1)
 
 # %% ../nbs/28_probes.ipynb #c4f233b9
-NO_CORRUPTIONS = (
-    "corruptions not measured: pip install -c constraints.txt -e '.[corruptions]'"
-)
-
-
-def corruption(subject: Subject) -> Tables:
-    """Scores with corrupted visible images, and the drift of the channel attention, Eq. (A).
-
-    The tables are empty without the package that makes corruptions.
-    """
-    tables: Tables = {"corruption": [], "drift": []}
-    if not is_installed():
-        return tables
-    attentions = parts(subject.trained, ChannelAttention)
-    split, test = subject.data.split, subject.data.test
-    rows = np.flatnonzero(split.test.modality == "visible")
-    names = split.test.path.iloc[rows].tolist()
-    groups = image_groups(names)
-    with watch(attentions, look_at_gates) as notes:
-        features = subject.embed()
-    clean = {name: torch.cat(each, 1)[:, : len(rows)] for name, each in notes.items()}
-    for severity in (0, *SEVERITIES):
-        about: Row = {"severity": severity}
-        if severity:
-            images = corrupted_images(test, rows, names, severity)
-            with watch(attentions, look_at_gates) as notes:
-                features[rows] = subject.embed(images, ["visible"] * len(rows))
-            gates = {name: torch.cat(each, 1) for name, each in notes.items()}
-            tables["drift"] += drift(attentions, gates, clean, groups, about)
-        tables["corruption"] += score_rows(mean_scores(features, split), about)
-    return tables
-
-
-def look_at_gates(module: ChannelAttention, x: Tensor, y: Tensor) -> Tensor:
-    """What is noted of the channel attention: its branches' gates."""
-    return branch_gates(module, x)
-
-
 def image_groups(names: Sequence[str]) -> dict[str, np.ndarray]:
     """The places of the images that get a corruption of each group, as far as there are any."""
     kinds = np.array([draw_corruption(name)[0] for name in names])
     places = {group: np.flatnonzero(np.isin(kinds, each)) for group, each in GROUPS.items()}
     return {group: each for group, each in places.items() if len(each)}
-
-
-def score_rows(scores: Mapping[str, Scores], about: Row) -> list[Row]:
-    """One row per setting, with Rank-1 and mAP."""
-    return [
-        about | {"setting": setting, "rank1": each.rank(1), "mAP": each.mAP}
-        for setting, each in scores.items()
-    ]
 
 
 def drift(
@@ -294,6 +256,46 @@ def drift(
                 numbers = {"drift": moved[i].item(), "spread": spread[i].item()}
                 rows.append({"module": name, "branch": branch, "kind": group} | about | numbers)
     return rows
+
+# %% ../nbs/28_probes.ipynb #c0a41e03
+NO_CORRUPTIONS = "corruptions not measured: pip install -c constraints.txt -e '.[corruptions]'"
+
+
+def watched_gates(
+    subject: Subject,
+    attentions: Mapping[str, ChannelAttention],
+    images: PackedImages | None = None,  # all test images if None
+    modality: Sequence[str] | None = None,  # of each of `images`
+) -> tuple[np.ndarray, dict[str, Tensor]]:
+    """Features [N, D], and by each attention's name its gates [pools + 1, N, C]."""
+    with watch(attentions, lambda module, x, y: branch_gates(module, x)) as notes:
+        features = subject.embed(images, modality)
+    return features, {name: torch.cat(each, 1) for name, each in notes.items()}
+
+
+def corruption(subject: Subject) -> Tables:
+    """Scores with corrupted visible images, and the drift of the channel attention, Eq. (A).
+
+    The tables are empty without the package that makes corruptions.
+    """
+    tables: Tables = {"corruption": [], "drift": []}
+    if not is_installed():
+        return tables
+    attentions = parts(subject.trained, ChannelAttention)
+    split, test = subject.data.split, subject.data.test
+    rows = np.flatnonzero(split.test.modality == "visible")
+    names = split.test.path.iloc[rows].tolist()
+    features, gates = watched_gates(subject, attentions)
+    clean = {name: each[:, : len(rows)] for name, each in gates.items()}  # the visible come first
+    tables["corruption"] += score_rows(mean_scores(features, split), {"severity": 0})
+    for severity in SEVERITIES:
+        images, about = corrupted_images(test, rows, names, severity), {"severity": severity}
+        features[rows], gates = watched_gates(
+            subject, attentions, images, ["visible"] * len(rows)
+        )
+        tables["corruption"] += score_rows(mean_scores(features, split), about)
+        tables["drift"] += drift(attentions, gates, clean, image_groups(names), about)
+    return tables
 
 # %% ../nbs/28_probes.ipynb #a7bb0e1b
 def joins(subject: Subject) -> Tables:

@@ -209,7 +209,7 @@ def test_a_program_gives_the_same_features_for_any_number_of_crops(crops, method
         images = pixels(crops / "day", n)
         with torch.no_grad():
             found = made(torch.from_numpy(images)).numpy()
-        np.testing.assert_allclose(found, expected(run, images, modality), atol=1e-4)
+        np.testing.assert_allclose(found, expected(run, images, modality), atol=1e-5)
 
 
 def test_an_onnx_file_gives_the_same_and_tells_people_apart(crops, tmp_path):
@@ -219,8 +219,8 @@ def test_an_onnx_file_gives_the_same_and_tells_people_apart(crops, tmp_path):
     file = export.open_export(path)
     assert file.about == export.describe(run, "infrared")
     want = expected(run, images, "infrared")
-    assert export.check_export(path, images, want)["difference"] < export.TOLERANCE
-    np.testing.assert_allclose(file.embed(images[:1]), want[:1], atol=export.TOLERANCE)
+    assert export.check_export(path, images, want)["difference"] < 1e-5
+    np.testing.assert_allclose(file.embed(images[:1]), want[:1], atol=1e-5)
     one = np.repeat(want[:1], 8, axis=0)
     assert export.spread(want) > 1e-3 > export.spread(one)
     with pytest.raises(ValueError, match="departs from torch"):
