@@ -7,10 +7,10 @@ __all__ = ['BOTH', 'METHODS', 'ROWS', 'FULL', 'BASE', 'CORE', 'CONTROLS', 'LOSSE
            'JOINING', 'READINGS', 'RECIPE', 'NONLOCAL', 'VISIBLE', 'START', 'ONE_RECIPE', 'WRONG_LABELS', 'GRID',
            'STUDIES', 'PRESETS', 'IMAGES', 'WEIGHTS', 'METRICS', 'SETTINGS', 'COLUMNS', 'SHOWN', 'Group',
            'switch_change', 'joined', 'Preset', 'Job', 'make_job', 'jobs', 'runs_of', 'job_lines', 'total_steps',
-           'step_seconds', 'step_work', 'step_cost', 'plan', 'cost_text', 'plan_text', 'timed_records', 'GPU',
-           'this_gpu', 'driver_version', 'gpu_records', 'gpu_costs', 'price_by_gpu', 'disk_gigabytes', 'needs_text',
-           'gpu_text', 'last_error', 'may_pass', 'keep', 'results', 'differences', 'run_points', 'group_verdicts',
-           'main']
+           'step_seconds', 'step_work', 'step_cost', 'beside_steps', 'plan', 'cost_text', 'plan_text', 'timed_records',
+           'GPU', 'this_gpu', 'driver_version', 'gpu_records', 'gpu_costs', 'price_by_gpu', 'disk_gigabytes',
+           'needs_text', 'gpu_text', 'last_error', 'may_pass', 'keep', 'results', 'differences', 'run_points',
+           'group_verdicts', 'main']
 
 # %% ../nbs/26_grid.ipynb #58324ad7
 import argparse
@@ -444,11 +444,18 @@ def _step_size(parameters: Mapping[str, Any]) -> tuple:
     return parameters["method"], *(parameters["recipe"][name] for name in sizes)
 
 # %% ../nbs/26_grid.ipynb #d8e99831
+def beside_steps(job: Job) -> int:
+    """Seconds of a run on rendered people that are no steps; 0 on real data."""
+    if not job.dataset.startswith("pocket"):
+        return 0
+    return 75 if job.parameters["method"] == "afen" else 43
+
+
 def plan(
     chosen: Iterable[Job],
     records: Sequence[Mapping[str, Any]],
 ) -> pd.DataFrame:
-    """Per run: group, label, state, steps, seconds of a step, their basis, minutes.
+    """Per run: group, label, state, steps, seconds of a step and beside all, basis, minutes.
 
     The state is a record's status or "to run"; minutes are those still to be spent.
     """
@@ -466,9 +473,11 @@ def plan(
             costs[fixed] = step_cost(job.parameters, finished)
         (seconds, basis), steps = costs[fixed], total_steps(job.parameters)
         state = status.get(name, "to run")
-        minutes = steps * seconds / 60 if state == "to run" else 0.0
-        rows[name] = (job.group.name, job.label, state, steps, seconds, basis, minutes)
-    columns = ["group", "label", "state", "steps", "s/step", "basis", "minutes"]
+        beside = beside_steps(job)
+        minutes = (steps * seconds + beside) / 60 if state == "to run" else 0.0
+        about = job.group.name, job.label, state, steps, seconds, beside, basis, minutes
+        rows[name] = about
+    columns = ["group", "label", "state", "steps", "s/step", "beside", "basis", "minutes"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
@@ -476,8 +485,9 @@ def cost_text(row: Mapping[str, Any]) -> str:
     """What a run of the plan costs, in words."""
     if pd.isna(row["s/step"]):
         return f"{row['steps']} steps, of unknown length"
-    minutes = row["steps"] * row["s/step"] / 60
+    minutes = (row["steps"] * row["s/step"] + row["beside"]) / 60
     each = f"{row['steps']} steps x {row['s/step']:.3g} s"
+    each += f" + {row['beside']} s" if row["beside"] else ""
     return f"{each} = {minutes:.1f} min ({row['basis']})"
 
 
@@ -579,7 +589,8 @@ def price_by_gpu(
             left = table.at[name, "state"] == "to run"
             about = seconds, f"measured, {record['device']}"
             table.loc[name, ["s/step", "basis"]] = about
-            table.at[name, "minutes"] = left * table.at[name, "steps"] * seconds / 60
+            spent = table.at[name, "steps"] * seconds + table.at[name, "beside"]
+            table.at[name, "minutes"] = left * spent / 60
     return table
 
 # %% ../nbs/26_grid.ipynb #74f66a79

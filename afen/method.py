@@ -50,7 +50,7 @@ class Recipe:
     size: str = "base"  # of the vision transformer, "base" or "tiny" (PMT)
     weights: str = "imagenet"  # what the backbone starts from (P); "pocket" for a trunk (O)
     flip: bool = True  # whether a test feature averages the image and its mirror (C)
-    precision: str = "float32"  # of the network; "float32" or "bfloat16" (O)
+    precision: str = "float32"  # of the network; or "bfloat16", "float16" (O)
 
     def scaled(self, epochs: int) -> "Recipe":
         """The same recipe in `epochs`: they visit its schedule at even steps."""
@@ -150,7 +150,10 @@ def begin_epoch(self: Method, epoch: int, sweep: Iterable[Any]) -> None:
 
 @patch
 def head_parameters(self: Method) -> Iterator[nn.Parameter]:
-    """The parameters that learn at the full rate; all others at `backbone_lr`."""
+    """The parameters that learn at the full rate.
+
+    All others learn at `backbone_lr`, inserted modules at `module_lr` if there is one.
+    """
     return iter(())
 
 

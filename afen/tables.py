@@ -9,8 +9,7 @@ __all__ = ['DATASET_TITLES', 'SETTING_TITLES', 'METRIC_TITLES', 'CELL', 'TOLERAN
            'row_records', 'over_splits', 'cell_result', 'table1', 'row_verdicts', 'outcome', 'number', 'plus_minus',
            'wide_table', 'missing_reasons', 'notes', 'markdown', 'flat_table', 'table1_markdown', 'tex', 'table1_tex',
            'sortable', 'table1_html', 'save_table1', 'write_text', 'bootstrap_interval', 'Comparison', 'compare',
-           'seed_values', 'spread', 'mean_and_range', 'side_of_reference', 'seed_covariances', 'seed_variance',
-           'write_block', 'read_block', 'state_block']
+           'seed_values', 'mean_and_range', 'write_block', 'read_block', 'state_block']
 
 # %% ../nbs/23_tables.ipynb #c1413daf
 import html
@@ -42,7 +41,7 @@ CELL = ["method", "dataset", "setting", "metric"]  # what names a cell
 
 
 def published(
-    name: str = "table1",  # table1, originals, remeasured or stronger
+    name: str = "table1",  # or originals, remeasured, corrupted, stronger
 ) -> pd.DataFrame:
     """The rows of `data/published/<name>.csv`, with `value` in per cent (NaN for "-")
     and `decimals`, how many the source gives.
@@ -111,7 +110,7 @@ PROTOCOL = {
     "in the record)",
     "selection": "the last epoch; nothing is chosen on test data",
     "precision": "average precision by rectangles: the mean of the precision at each hit",
-    "arithmetic": "float32 or bfloat16; each record names its own",
+    "arithmetic": "float32; a run in another precision has another recipe and is partial",
     "spread": "standard deviation of a sample (n - 1), over what the cell says: splits, "
     "galleries or seeds",
 }
@@ -696,58 +695,16 @@ def seed_values(
     return table.assign(value=100 * table["value"].astype(float))
 
 
-def spread(
-    values: pd.DataFrame,  # one row per run, with a column `value`
-    by: Sequence[str],  # what names a cell of the table
-) -> pd.DataFrame:
-    """Mean, std (of a sample, NaN for one) and n of each cell, in the order given."""
-    groups = values.groupby(list(by), sort=False)["value"]
-    return groups.agg(mean="mean", std="std", n="count").reset_index()
-
 # %% ../nbs/23_tables.ipynb #409c7cde
 def mean_and_range(
     points: Sequence[float],  # differences; NaN for a pair that is missing
-    count: bool = True,  # whether to say how many there are
 ) -> str:
     """`+0.5 (-1.0 to +2.0, n = 2)`; "" where there is none."""
     d = np.asarray(points, float)
     d = d[~np.isnan(d)]
     if len(d) == 0:
         return ""
-    many = f", n = {len(d)}" * count
-    return f"{d.mean():+.1f} ({d.min():+.1f} to {d.max():+.1f}{many})"
-
-
-def side_of_reference(
-    difference: pd.Series,  # of pairs, cell minus reference; NaN for one that is missing
-) -> str:
-    """Above or below if every pair says so, else either; and how many pairs are above."""
-    d = difference.dropna()
-    if len(d) == 0:
-        return "missing"
-    word = "above" if (d > 0).all() else "below" if (d < 0).all() else "either"
-    missing = f", {len(difference) - len(d)} missing" * (len(d) < len(difference))
-    return f"{word} ({(d > 0).sum()} of {len(d)}{missing})"
-
-# %% ../nbs/23_tables.ipynb #67470fbf
-def seed_covariances(
-    scores: pd.DataFrame,  # one row per run of one split: cell, seed, value
-) -> np.ndarray:
-    """Covariance over seeds of the cells that have all of them: [cells, cells]."""
-    wide = scores.pivot(index="seed", columns="cell", values="value").dropna(axis=1)
-    return wide.cov().to_numpy() if len(wide) > 1 else np.empty((0, 0))
-
-
-def seed_variance(
-    covariances: Iterable[np.ndarray],  # from `seed_covariances`, one for each split
-) -> tuple[float, float]:
-    """s^2 and c of Eq. (2). Raises ValueError when no split has two cells."""
-    splits = [c for c in covariances if len(c) > 1]
-    if not splits:
-        raise ValueError("Eq. (2) needs two cells with several seeds: run more of them.")
-    alike = [c.diagonal().mean() for c in splits]
-    other = [(c.sum() - c.trace()) / (c.size - len(c)) for c in splits]
-    return float(np.mean(alike)), float(np.mean(other))
+    return f"{d.mean():+.1f} ({d.min():+.1f} to {d.max():+.1f}, n = {len(d)})"
 
 # %% ../nbs/23_tables.ipynb #311f12d9
 def write_block(

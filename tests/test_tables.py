@@ -33,9 +33,7 @@ from afen.tables import (
     read_block,
     real_records,
     save_table1,
-    seed_values,
     row_verdicts,
-    spread,
     table1_html,
     table1_markdown,
     table1_tex,
@@ -401,43 +399,9 @@ def test_comparisons_that_mean_nothing(record):
             compare(one, other, *metric)
 
 
-def test_spread_over_seeds(record):
-    runs = [record(v, seed=s) for s, v in enumerate((50.0, 60.0, 70.0))]
-    table = spread(seed_values(runs), ["metric", "setting"]).set_index("metric")
-    assert table.loc["mAP", "n"].tolist() == [3, 3]
-    np.testing.assert_allclose(table.loc["mAP", ["mean", "std"]], [[60, 10]] * 2)
-
-
 def test_differences_in_words():
     assert tables.mean_and_range([1.25, -2.75]) == "-0.8 (-2.8 to +1.2, n = 2)"
-    assert tables.mean_and_range([3.0], count=False) == "+3.0 (+3.0 to +3.0)"
     assert tables.mean_and_range([np.nan]) == tables.mean_and_range([]) == ""
-    sides = {(1, 2): "above (2 of 2)", (-1, -2): "below (0 of 2)", (0, 1): "either (1 of 2)"}
-    sides |= {(np.nan, 1): "above (1 of 1, 1 missing)", (np.nan,): "missing"}
-    for d, words in sides.items():
-        assert tables.side_of_reference(pd.Series(d, dtype=float)) == words
-
-
-def test_the_variance_over_seeds_against_a_loop():
-    """Two splits; in the second a cell lacks a seed and is left out."""
-    rng, rows = np.random.default_rng(0), []
-    for split, cell, seed in np.ndindex(2, 4, 3):
-        if (split, cell, seed) != (1, 3, 2):
-            rows.append((split, f"c{cell}", seed, rng.normal()))
-    scores = pd.DataFrame(rows, columns=["split", "cell", "seed", "value"])
-    alike, other = [], []
-    for split, n in ((0, 4), (1, 3)):
-        part = scores[scores.split == split].set_index(["cell", "seed"]).value
-        cells = [part[f"c{k}"].to_numpy() for k in range(n)]
-        cov = [[((a - a.mean()) * (b - b.mean())).sum() / 2 for a in cells] for b in cells]
-        alike.append(np.mean([cov[i][i] for i in range(n)]))
-        other.append(np.mean([cov[i][j] for i in range(n) for j in range(n) if i != j]))
-    each = [tables.seed_covariances(part) for _, part in scores.groupby("split")]
-    np.testing.assert_allclose(tables.seed_variance(each), [np.mean(alike), np.mean(other)])
-    for few in ([], [np.ones((1, 1))], [np.empty((0, 0))]):
-        with pytest.raises(ValueError, match="two cells with several seeds"):
-            tables.seed_variance(few)
-    assert tables.seed_covariances(scores[scores.seed == 0].query("split == 0")).size == 0
 
 
 # ---------------------------------------------------------------- nothing is typed

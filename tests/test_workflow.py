@@ -93,7 +93,7 @@ def test_only_what_has_no_record_is_planned(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:]
     listed = planned(done.stdout)
     assert set(listed) == {gone.id}
-    assert listed[gone.id].startswith("99 steps x 1 s = 1.6 min (measured, cpu: ")
+    assert listed[gone.id].startswith("99 steps x 1 s + 75 s = 2.9 min (measured, cpu: ")
     last = done.stdout.strip().splitlines()[-1]
     assert last.startswith(f"{len(runs)} runs: {len(runs) - 1} smoke, 1 to run. Left: 0.0 h")
 

@@ -95,7 +95,7 @@ class AFEN(CAJ):
     recipes: ClassVar[dict[str, Recipe]] = {
         name: replace(recipe, module_lr=1.0) for name, recipe in CAJ.recipes.items()
     } | {"text": TEXT_RECIPE}
-    pocket_switches: ClassVar[dict[str, Any]] = {  # strips no longer than the map
+    pocket_switches: ClassVar[dict[str, Any]] = {  # strips no longer than the map is high
         "mecs_switches": {"strips": [3, 5, 9]}
     }
     switches: ClassVar[dict[str, Parameter]] = CAJ.switches | {
