@@ -443,14 +443,14 @@ def _step_size(parameters: Mapping[str, Any]) -> tuple:
     sizes = ("height", "width", "depth", "size", "identities", "images")
     return parameters["method"], *(parameters["recipe"][name] for name in sizes)
 
-# %% ../nbs/26_grid.ipynb #d8e99831
+# %% ../nbs/26_grid.ipynb #d8e99832
 def beside_steps(job: Job) -> int:
     """Seconds of a run on rendered people that are no steps; 0 on real data."""
     if not job.dataset.startswith("pocket"):
         return 0
     return 75 if job.parameters["method"] == "afen" else 43
 
-
+# %% ../nbs/26_grid.ipynb #d8e99831
 def plan(
     chosen: Iterable[Job],
     records: Sequence[Mapping[str, Any]],
@@ -480,7 +480,7 @@ def plan(
     columns = ["group", "label", "state", "steps", "s/step", "beside", "basis", "minutes"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
-
+# %% ../nbs/26_grid.ipynb #d8e99836
 def cost_text(row: Mapping[str, Any]) -> str:
     """What a run of the plan costs, in words."""
     if pd.isna(row["s/step"]):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROBED', 'Row', 'Tables', 'NO_CORRUPTIONS', 'BANDS', 'DEAD', 'N_BATCHES', 'PARTNERS', 'STRANGERS', 'MEASURES',
-           'NO_PROBE', 'PROBE_SCHEMA', 'watch', 'parts', 'Subject', 'open_subject', 'first_sets', 'corrupted_images',
+           'NO_PROBE', 'PROBE_SCHEMA', 'watch', 'parts', 'Subject', 'first_sets', 'open_subject', 'corrupted_images',
            'mean_scores', 'score_rows', 'branch_gates', 'relative_change', 'image_groups', 'drift', 'watched_gates',
            'corruption', 'joins', 'response_shares', 'extent', 'strips', 'kernel_name', 'kernel', 'spectrum',
            'high_share', 'refined_maps', 'white_response', 'frequencies', 'spectrum_rows', 'mmd', 'modality_gap', 'gap',
@@ -141,19 +141,7 @@ class Subject:
                 self.embed()
         return notes
 
-
-def open_subject(
-    folder: Path | str,  # of a finished run
-    root: str | None = None,  # where the data set is; data/<name> if None
-    device: str = "auto",
-    start: Path | str | None = None,  # the file that training started from, if from one
-) -> Subject:
-    """Open a run with its data, of a pocket set some. Errors as `open_run` and `run_data`."""
-    run = open_run(folder, device)
-    data = run_data(run, root)
-    return Subject(run, first_sets(data) if data.split.name in POCKET_SETS else data, start)
-
-
+# %% ../nbs/28_probes.ipynb #cae6fdf9
 PROBED = 3  # of a pocket set's twelve sets of test people
 
 
@@ -173,9 +161,17 @@ def first_sets(data: Data) -> Data:
     size = data.test.images.shape[1:3]
     return replace(data, split=split, test=pack(split.root, split.test.path, size))
 
-
-Row = dict[str, Any]  # of a table: words and numbers
-Tables = dict[str, list[Row]]  # the tables of one measurement, by name
+# %% ../nbs/28_probes.ipynb #cae6fdfb
+def open_subject(
+    folder: Path | str,  # of a finished run
+    root: str | None = None,  # where the data set is; data/<name> if None
+    device: str = "auto",
+    start: Path | str | None = None,  # the file that training started from, if from one
+) -> Subject:
+    """Open a run with its data, of a pocket set some. Errors as `open_run` and `run_data`."""
+    run = open_run(folder, device)
+    data = run_data(run, root)
+    return Subject(run, first_sets(data) if data.split.name in POCKET_SETS else data, start)
 
 # %% ../nbs/28_probes.ipynb #3426d90d
 def corrupted_images(
@@ -196,6 +192,10 @@ def corrupted_images(
     return PackedImages(path)
 
 # %% ../nbs/28_probes.ipynb #17863e89
+Row = dict[str, Any]  # of a table: words and numbers
+Tables = dict[str, list[Row]]  # the tables of one measurement, by name
+
+
 def mean_scores(
     features: np.ndarray,  # [N_test, D], rows of length one
     split: Split,
