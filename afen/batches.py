@@ -532,6 +532,9 @@ def batches(
             f"{len(packed)} packed images and {len(train_table)} rows in the training "
             "table: pack the paths of this very table."
         )
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:  # the reading thread has its own
+        device = torch.device("cuda", torch.cuda.current_device())
 
     def load(step: int, rows: tuple[np.ndarray, np.ndarray]) -> Batch:
         generator = torch_generator("augment", seed, epoch, step)

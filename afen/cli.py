@@ -221,7 +221,7 @@ def export(given: argparse.Namespace) -> None:
     from afen.export import export_run
 
     folder = find_run(given.run)
-    run = _open(folder, given.device)
+    run = _open(folder, "cpu")  # where the files compute, too: a GPU may round more
     kind = "pt2" if given.pt2 else "onnx"
     out = Path(given.out).expanduser() if given.out else folder / "export"
     with _quiet():
@@ -272,18 +272,12 @@ def _quiet() -> Any:
 
 # %% ../nbs/40_cli.ipynb #e9a8222a
 def embed(given: argparse.Namespace) -> None:
-    """Write the features of a folder's images."""
-    import numpy as np
-
-    from afen.core import atomic_path
+    """Write the features of a folder's images, as a gallery that can be searched."""
     from afen.retrieval import Gallery
 
     run = _open(find_run(given.run), given.device)
     gallery = Gallery.from_folder(run, given.folder, given.modality)
-    path = Path(given.out).expanduser().with_suffix(".npz")
-    arrays = {name: gallery.crops[name].to_numpy(str) for name in ("path", "modality")}
-    with atomic_path(path) as draft, draft.open("wb") as file:
-        np.savez(file, features=gallery.features.numpy(), run=run.record["id"], **arrays)
+    path = gallery.save(given.out)
     counts = gallery.crops.modality.value_counts()
     parts = ", ".join(f"{n} {modality}" for modality, n in counts.items())
     print(f"{path}: features {tuple(gallery.features.shape)} of {parts} images")
@@ -302,7 +296,7 @@ def search(given: argparse.Namespace) -> None:
     """Search a gallery for each query: lines, a CSV and a picture."""
     import pandas as pd
 
-    from afen.core import atomic_path
+    from afen.core import atomic_path, with_ending
     from afen.retrieval import Gallery, ranked_picture
 
     run, place = _open(find_run(given.run), given.device), Path(given.gallery).expanduser()
@@ -316,13 +310,14 @@ def search(given: argparse.Namespace) -> None:
         near = [f"{r.path} {r.cosine:.2f}" for r in found.itertuples()]
         near = [f"{n} ({a})" if a else n for n, a in zip(near, found.alike)]
         print(f"{query}: {', '.join(near)}")
-    out = Path(given.out).expanduser()
+    out = given.out.removesuffix(".csv").removesuffix(".png")
+    table, picture = (with_ending(out, end) for end in (".csv", ".png"))
     rows = [found.assign(query=query) for query, found in zip(given.query, results)]
-    with atomic_path(out.with_suffix(".csv")) as draft:
+    with atomic_path(table) as draft:
         pd.concat(rows).set_index("query").to_csv(draft)
-    with atomic_path(out.with_suffix(".png")) as draft:
+    with atomic_path(picture) as draft:
         ranked_picture(gallery, given.query, results).savefig(draft, dpi=200)
-    print(f"{out.with_suffix('.csv')}, {out.with_suffix('.png')}")
+    print(f"{table}, {picture}")
 
 # %% ../nbs/40_cli.ipynb #0f9fb9ce
 def convert(given: argparse.Namespace) -> None:
@@ -404,7 +399,7 @@ ARGUMENTS: dict[str, list[tuple[list[str], dict[str, Any]]]] = {
     "embed": [
         (["run"], {"metavar": "RUN"}),
         (["folder"], {"help": "of images, of any names, at any depth"}),
-        (["--modality"], {"help": "visible or infrared, where no folder's name says it"}),
+        (["--modality"], {"help": "visible or infrared, where no folder within says it"}),
         (["-o", "--out"], {"required": True, "help": "the file to write, .npz"}),
     ],
     "search": [
@@ -412,8 +407,8 @@ ARGUMENTS: dict[str, list[tuple[list[str], dict[str, Any]]]] = {
         (["query"], {"nargs": "+", "metavar": "QUERY", "help": "image files"}),
         (["--gallery"], {"required": True, "help": "folder of crops, or a saved .npz"}),
         (["-k"], {"type": int, "default": 10, "help": "how many are wanted (10)"}),
-        (["--modality"], {"help": "of the gallery: visible or infrared, where no folder's "
-                          "name says it"}),
+        (["--modality"], {"help": "of the gallery: visible or infrared, where no folder "
+                          "within says it"}),
         (["--query-modality"], {"help": "of the queries; if not given, as their folder is "
                                 "named, or the one that the gallery is not of"}),
         (["-o", "--out"], {"default": "search", "help": "name of .csv and .png (search)"}),
@@ -429,7 +424,7 @@ ARGUMENTS: dict[str, list[tuple[list[str], dict[str, Any]]]] = {
 }  # fmt: skip
 
 # %% ../nbs/40_cli.ipynb #2a4c8f9c
-ON_DEVICE = ("report", "export", "embed", "search", "convert")
+ON_DEVICE = ("report", "embed", "search", "convert")
 
 
 def make_parser() -> argparse.ArgumentParser:

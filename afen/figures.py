@@ -467,8 +467,9 @@ def effects(
 ) -> Figure:
     """One row per comparison, a panel for each data set; grey within one point of zero."""
     sets = list(family.dataset.unique())
-    lines = max((family.dataset == name).sum() for name in sets)
-    figure = canvas(0.24 * lines + 0.7, smoke)
+    names = {name: _effect_names(family[family.dataset == name]) for name in sets}
+    lines = max(len(each) * (1 + any("\n" in n for n in each)) for each in names.values())
+    figure = canvas(0.2 * lines + 0.8, smoke)
     grid = figure.subplots(1, len(sets), squeeze=False).flat
     for axes, name in zip(grid, sets):
         rows = family[family.dataset == name]
@@ -477,7 +478,8 @@ def effects(
         for y, row in enumerate(rows.itertuples()):
             here = points[points.index.get_level_values("dataset") == name]
             _effect_row(axes, y, row, (here[row.label] - here[row.reference]).to_numpy(float))
-        axes.set_yticks(range(len(rows)), _effect_names(rows))
+        again = name != sets[0] and names[name] == names[sets[0]]  # as on the left
+        axes.set_yticks(range(len(rows)), [""] * len(rows) if again else names[name])
         axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="mAP, points", title=name)
         axes.tick_params(axis="y", length=0)
     return finish(figure)

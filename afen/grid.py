@@ -10,7 +10,7 @@ __all__ = ['BOTH', 'METHODS', 'ROWS', 'FULL', 'BASE', 'CORE', 'CONTROLS', 'LOSSE
            'step_seconds', 'step_work', 'step_cost', 'beside_steps', 'plan', 'cost_text', 'plan_text', 'timed_records',
            'GPU', 'this_gpu', 'driver_version', 'gpu_records', 'gpu_costs', 'price_by_gpu', 'disk_gigabytes',
            'needs_text', 'gpu_text', 'last_error', 'may_pass', 'keep', 'results', 'differences', 'run_points',
-           'group_verdicts', 'main']
+           'by_unit', 'group_verdicts', 'main']
 
 # %% ../nbs/26_grid.ipynb #58324ad7
 import argparse
@@ -330,9 +330,17 @@ def jobs(
     seeds: Sequence[int] | None = None,  # the preset's if None
     common: Mapping[str, Any] | None = None,  # more parameters for every run
 ) -> list[Job]:
-    """Every cell on every data set, split and seed, in the order of running."""
+    """Every cell on every data set, split and seed, in the order of running.
+
+    Raises ValueError for an unknown study, or one that the preset cannot run.
+    """
     chosen = PRESETS[nearest(preset, PRESETS, "preset")]
     studies = [nearest(s, STUDIES, "study") for s in studies or chosen.studies]
+    if preset == "paper" and START.study in studies:
+        raise ValueError(
+            f"Study {START.study!r} begins from trunks that fit no ResNet-50: leave it out of "
+            "STUDIES."
+        )
     parameters = dict(chosen.parameters) | dict(common or {})
     return [
         make_job(group, label, dataset, split, seed, parameters)
@@ -803,22 +811,31 @@ def run_points(
     return 100 * mean.unstack("label").reindex(columns=list(group.cells))
 
 
+def by_unit(
+    values: pd.Series,  # of one data set, by split and seed; NaN is left out
+) -> pd.Series:
+    """One number for each unit that has one: each split of several, or each seed of one."""
+    several = values.index.unique("split").size > 1
+    return values.groupby(level="split" if several else "seed").mean().dropna()
+
+
 def group_verdicts(
     table: pd.DataFrame,  # from `results`, with a column `dataset`
     group: Group,
 ) -> pd.DataFrame:
     """The family of a group: dataset, label, reference, n, mean, low, high, verdict.
 
-    Differences are in points; a comparison that lacks a run is "not run".
+    Differences are in points, `n` is the number of units (`by_unit`) that have one; a
+    comparison that lacks a run is "not run".
     """
     effects, rows = {}, {}
     for dataset, points in run_points(table, group).groupby(level="dataset", sort=False):
         for label, reference in group.comparisons():
-            values = (points[label] - points[reference]).to_numpy(float)
-            key = (dataset, label, reference)
-            rows[key] = {"n": int(np.isfinite(values).sum()), "verdict": "not run"}
-            if np.isfinite(values).all() and len(values) > 1:
-                effects[key] = effect(values)
+            values = points[label] - points[reference]
+            units, key = by_unit(values), (dataset, label, reference)
+            rows[key] = {"n": len(units), "verdict": "not run"}
+            if values.notna().all() and len(units) > 1:
+                effects[key] = effect(units.to_numpy())
     waiting = [Effect(0.0, 0.0, 0.0, 1.0, 1.0)] * (len(rows) - len(effects))
     judged = decide_all([*effects.values(), *waiting])  # a family counts what it lacks
     for (key, one), verdict in zip(effects.items(), judged):
@@ -840,13 +857,17 @@ def main(words: Sequence[str] | None = None) -> None:
     keeping.add_argument("names", nargs="+", help="the runs' folders in runs/")
     keeping.add_argument("--records", help="where records are kept, if not data/records")
     given = parser.parse_args(words)
+    try:
+        _answer(given)
+    except ValueError as error:
+        parser.exit(1, f"{error}\n")
+
+
+def _answer(given: argparse.Namespace) -> None:
+    """Carry out what `main` was asked for."""
     if given.verb == "keep":
-        for name in given.names:
-            at = Path(name)
-            try:
-                keep(at.name, at.parent if at.parent.name else "runs", given.records)
-            except ValueError as error:
-                parser.exit(1, f"{error}\n")
+        for at in map(Path, given.names):
+            keep(at.name, at.parent if at.parent.name else "runs", given.records)
         return
     chosen, records = jobs(given.preset, given.study), timed_records()
     if given.verb == "jobs":

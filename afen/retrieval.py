@@ -23,7 +23,7 @@ from torch import Tensor
 from . import figures
 from .backbone import MODALITIES
 from .batches import decode, reason
-from .core import atomic_path
+from .core import atomic_path, with_ending
 from .datasets import list_tree
 from .evaluation import cosine_distances
 from .method import check_modality
@@ -34,17 +34,17 @@ def modality_of(
     path: Path | str,  # of an image or a folder
 ) -> str | None:
     """The modality that the nearest folder named after one says; None if none does."""
-    parts = Path(path).absolute().parts
-    return next((part for part in reversed(parts) if part in MODALITIES), None)
+    return next((part for part in reversed(Path(path).parts) if part in MODALITIES), None)
 
 
 def list_crops(
     folder: Path | str,
-    modality: str | None = None,  # of the images that no folder's name tells of
+    modality: str | None = None,  # of the images that no folder within tells of
 ) -> pd.DataFrame:
     """All images below a folder: columns path (from the folder) and modality.
 
-    Raises FileNotFoundError if there is no image, ValueError if a modality is not known.
+    A folder's name within it says more than `modality`, and that more than its own name or
+    one above. Raises FileNotFoundError if there is no image, ValueError if a modality is not known.
     """
     folder = Path(folder).expanduser()
     paths = sorted(list_tree(folder).all_images())
@@ -54,7 +54,8 @@ def list_crops(
         )
     if modality is not None:
         check_modality(modality)
-    words = [modality_of(folder / path) or modality for path in paths]
+    around = modality or modality_of(folder.absolute())
+    words = [modality_of(path) or around for path in paths]
     if None in words:
         raise ValueError(
             f"Nothing says whether {paths[words.index(None)]} in {folder} is visible or "
@@ -131,7 +132,7 @@ class Gallery:
         cls,
         run: TrainedRun,
         folder: Path | str,
-        modality: str | None = None,  # of the images that no folder's name tells of
+        modality: str | None = None,  # of the images that no folder within tells of
         cache: Path | str | None = None,  # for packed images; data/packed if None
     ) -> "Gallery":
         """Embed all images of a folder. Errors as `list_crops` and `batches.pack`."""
@@ -200,7 +201,7 @@ def query_modality(
     """
     there = set(gallery.crops.modality)
     other = {m for m in MODALITIES if m not in there} if len(there) == 1 else set()
-    word = given or modality_of(path) or next(iter(other), None)
+    word = given or modality_of(Path(path).absolute()) or next(iter(other), None)
     if word is None:
         raise ValueError(
             f"Nothing says whether the query {path} is visible or infrared: say it, as "
@@ -274,7 +275,7 @@ def _draw(axes: Any, pixels: Pixels, title: str, colour: str) -> None:
 @patch
 def save(self: Gallery, path: Path | str) -> Path:
     """Write the gallery, and whose features it holds, as one .npz; returns its path."""
-    path = Path(path).expanduser().with_suffix(".npz")
+    path = with_ending(path, ".npz")
     arrays = {
         "run": self.run.record["id"], "folder": str(self.folder),
         "path": self.crops.path.to_numpy(str), "small": self.small,

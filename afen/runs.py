@@ -420,7 +420,7 @@ from safetensors.torch import load as load_tensors
 from .backbone import first_difference, not_finite
 from .core import seed_everything
 from .ranks import is_first
-from .training import Run, estimate, memory_words
+from .training import Run, estimate, memory_words, path_before
 
 
 def start(plan: Plan, data: Data) -> Run:
@@ -433,17 +433,20 @@ def start(plan: Plan, data: Data) -> Run:
     p = plan.given
     seed_everything(p["seed"])
     n_identities = data.split.train.identity.nunique()
-    method = create(p["method"], n_identities, plan.recipe, **plan.options)
-    finished = finished_record(plan, data)
+    finished, recipe = finished_record(plan, data), plan.recipe
+    if finished:
+        recipe = replace(recipe, weights="none")  # its own weights hold all
+    method = create(p["method"], n_identities, recipe, **plan.options)
     run = Run(
         method, data.split.train, data.train,
         seed=p["seed"], device=pick_device(p["device"]), steps=p["steps"],
         folder=plan.folder, key=run_key(plan, data),
         resume=p["resume"] and not finished, chunk=p["chunk"], compiled=p["compile"],
+        finished=bool(finished),
     )  # fmt: skip
     if p["watch"]:
         run.watch = p["watch"], lambda: watched(plan, data, run)
-    if p["log"] and is_first():
+    if p["log"] and is_first() and not finished:  # an open log drops what it has from here
         run.log = tensorboard_log(plan.folder / "tensorboard", run.epoch)
     if finished:
         go_to_end(run, plan, finished)
@@ -478,8 +481,11 @@ def say_cost(run: Run, plan: Plan) -> None:
 def finished_record(plan: Plan, data: Data) -> dict[str, Any] | None:
     """The record of this very run, if it is finished and its weights are there.
 
-    None under `-p resume False`.
+    None under `-p resume False`, and beside a checkpoint, which a later training left.
     """
+    checkpoint = plan.folder / "checkpoint.pt"
+    if checkpoint.exists() or path_before(checkpoint).exists():
+        return None
     record = last_record(plan) if plan.given["resume"] else None
     if record is None or record["status"] == "failed" or changed_data(record, data):
         return None
@@ -709,7 +715,6 @@ import json
 from safetensors.torch import save
 
 from .core import atomic_path
-from .training import path_before
 
 
 def save_weights(method: Method, folder: Path, run: str) -> Path:

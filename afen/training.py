@@ -607,6 +607,7 @@ class Run:
         resume: bool = False,
         chunk: int | None = None,  # views per pass; the whole batch if None
         compiled: bool = False,  # whether torch.compile makes the network's code
+        finished: bool = False,  # nothing is left to train: no step is measured
     ):
         check_chunk(type(method), chunk)
         check_processes(processes(), method.recipe.identities, chunk, compiled)
@@ -630,7 +631,7 @@ class Run:
         if saved:
             self._restore(saved)
         synchronise(self.method)
-        if not saved:
+        if not (saved or finished):
             self.seconds = self.measure()
 
 # %% ../nbs/21_training.ipynb #b90672c0

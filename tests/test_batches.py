@@ -546,6 +546,20 @@ def test_reads_ahead_in_the_background(loaded):
     assert watched.reads == 6  # and no further
 
 
+def test_batches_go_to_the_gpu_of_the_process_that_asks(loaded, monkeypatch):
+    """CUDA's current device is each thread's own; "cuda" in the reading thread is the first."""
+    asked = []
+
+    def note(packed, table, visible, infrared, device, generator):
+        asked.append(device)
+
+    monkeypatch.setattr(batches, "make_batch", note)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    list(batches.batches(*loaded, 0, 0, "cuda", seed=0))
+    list(batches.batches(*loaded, 0, 0, "cuda:3", seed=0))
+    assert set(map(str, asked)) == {"cuda:1", "cuda:3"}
+
+
 def readers():
     """The threads that read ahead."""
     return [t for t in threading.enumerate() if t.name.startswith("read-ahead")]

@@ -80,7 +80,7 @@ def test_a_test_without_size_is_no_part_of_the_family_of_sizes():
 def test_seeds_of_a_split_are_one_number_where_there_are_splits():
     splits = pd.MultiIndex.from_product([["a"], [1, 2, 3], [0, 1]], names=claims.KEYS)
     numbers = pd.Series([1, 3, 2, 2, 4, np.nan], splits)
-    assert claims.by_unit(numbers).tolist() == [2, 2, 4]
+    assert grid.by_unit(numbers).tolist() == [2, 2, 4]
     test = claims.Test(0, "", numbers, numbers.isna() & False, SIZE)
     (row,) = claims.judge([test]).to_dict("records")
     assert (row["n"], row["missing"]) == (3, 1)
@@ -388,3 +388,12 @@ def test_the_page_works_with_made_up_runs(ablation, monkeypatch, tmp_path):
     said = pd.read_csv(tmp_path / "smoke_claims.csv")
     assert len(said) == said.test.nunique() and set(said.claim) == set(claims.CLAIMS)
     assert (tmp_path / "smoke_claims_gap.svg").exists()
+
+
+def test_re_ranked_scores_of_a_record_enter_no_comparison():
+    record = next(iter(load_records()))
+    entry = next(iter(record["scores"].values()))
+    higher = entry | {"mean": {name: value + 0.12 for name, value in entry["mean"].items()}}
+    again = {f"{name}+reranked": higher for name in record["scores"]}
+    more = record | {"scores": record["scores"] | again}
+    assert claims.mean_ap([more]).equals(claims.mean_ap([record]))

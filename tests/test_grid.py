@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from afen.method import create, method_names
 from afen.records import run_id
 from afen.runs import DEFAULTS, make_plan
 from afen.tables import published
+from afen.verdicts import effect
 
 ROOT = Path(__file__).resolve().parent.parent
 POCKET_JOBS = grid.jobs()
@@ -206,6 +208,28 @@ def test_a_group_is_judged_as_one_family():
         assert one.verdict[label, "base"] == verdict
     assert one["mean"]["MECS", "base"] == pytest.approx(2.0)
     assert one.low["MECS", "base"] < 2.0 < one.high["MECS", "base"]
+
+
+def test_seeds_of_one_split_are_no_units_of_their_own():
+    """RegDB has ten splits: three seeds of each are ten numbers, not thirty."""
+    rows = [
+        {"group": "modules", "dataset": "regdb", "split": split, "seed": seed, "label": label,
+         "setting": grid.SHOWN[0], "metric": "mAP",
+         "value": 0.5 + (label != "base") * (1 + split % 2) / 100}
+        for split in range(1, 11)
+        for seed in range(3)
+        for label in grid.CORE.cells
+    ]  # fmt: skip
+    one = grid.group_verdicts(pd.DataFrame(rows), grid.CORE).set_index(["label", "reference"])
+    found = one.loc[("MECS", "base")]
+    want = effect(np.array([1.0, 2.0] * 5))
+    assert found.n == 10 and found.low == pytest.approx(want.low)
+
+
+def test_a_study_that_a_preset_cannot_run_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        grid.main(["jobs", "--preset", "paper", "--study", "start"])
+    assert "fit no ResNet-50: leave it out of STUDIES." in capsys.readouterr().err
 
 
 def test_a_comparison_that_lacks_a_run_is_not_judged():

@@ -172,9 +172,9 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed(tmp_path, capsys):
     assert is_one_sentence(caught.value)
 
 
-def stopped(tiny, folder, epochs):
+def stopped(tiny, folder, epochs, **given):
     """The tiny run, stopped at the beginning of an epoch."""
-    plan, data = in_folder(tiny, folder)
+    plan, data = in_folder(tiny, folder, **given)
     run = runs.start(plan, data)
 
     def begin_epoch(epoch, sweep):
@@ -249,6 +249,30 @@ def test_a_finished_run_is_opened_and_not_trained(tiny, finished, tmp_path, caps
     runs.carry_out(plan)
     assert {p: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
     assert runs.start(*in_folder(tiny, folder, resume=False)).epoch == 0
+
+
+def test_to_open_a_finished_run_no_step_is_taken(tiny, finished, tmp_path, monkeypatch):
+    """It may lie on a machine that is too small to train it, or without its start weights."""
+    plan, data = in_folder(tiny, shutil.copytree(finished, tmp_path / "run"))
+
+    def stop(*_, **__):
+        raise AssertionError("a step was taken")
+
+    monkeypatch.setattr(training, "seconds_per_step", stop)
+    far = replace(plan.recipe, weights="imagenet")
+    monkeypatch.setattr("afen.backbone._load_imagenet", stop)
+    assert runs.start(replace(plan, recipe=far), data).epoch == plan.recipe.epochs
+
+
+def test_a_retraining_that_was_killed_goes_on(tiny, finished, tmp_path):
+    """Its checkpoint is worth more than the record that it was to replace."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    stopped(tiny, folder, 2, resume=False)
+    plan, data = in_folder(tiny, folder)
+    assert runs.start(plan, data).epoch == 2
+    runs.carry_out(plan)
+    assert not list(folder.glob("checkpoint*"))
+    assert runs.start(plan, data).epoch == plan.recipe.epochs
 
 
 def test_damaged_weights_of_a_finished_run_are_not_used(tiny, finished, tmp_path):

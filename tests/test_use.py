@@ -78,6 +78,14 @@ def test_crops_are_listed_at_any_depth(tmp_path, paths, given, words):
     assert list_crops(tmp_path, given).modality.tolist() == words
 
 
+def test_a_word_of_ones_own_says_more_than_the_folders_above(tmp_path):
+    night = tmp_path / "visible" / "night"
+    night.mkdir(parents=True)
+    (night / "a.png").touch()
+    assert list_crops(night).modality.tolist() == ["visible"]
+    assert list_crops(night, "infrared").modality.tolist() == ["infrared"]
+
+
 def test_a_folder_that_says_nothing_is_refused(tmp_path, crops):
     with pytest.raises(FileNotFoundError, match="no images"):
         list_crops(tmp_path)
@@ -329,6 +337,10 @@ def test_features_of_crops_are_written(shelf, crops, tmp_path, capsys):
         assert set(file["modality"]) == {"visible"} and str(file["run"]) == run.name
         np.testing.assert_allclose(np.linalg.norm(file["features"], axis=1), 1, atol=1e-5)
     assert code == 0 and "(8, 128) of 8 visible images" in text
+    query = next((crops / "night").iterdir())
+    words = ("search", run, query, "--gallery", out, "-k", 2, "-o", tmp_path / "q.v1")
+    code, text, _ = call(capsys, *words, "--device", "cpu")
+    assert code == 0 and f"{tmp_path / 'q.v1.csv'}, {tmp_path / 'q.v1.png'}" in text
 
 
 def test_a_search_leaves_lines_a_table_and_a_picture(shelf, crops, tmp_path, capsys, gallery):
@@ -368,7 +380,7 @@ def test_a_network_is_exported_and_checked(shelf, tmp_path, capsys):
         (["search", "{run}", "no.png", "--gallery", "{day}", "--modality", "visible",
           "-o", "{here}/s"], "There is no image no.png"),
         (["search", "{run}", "no.png", "--gallery", "{here}/g.npz"], "There is no gallery"),
-        (["export", "{run}", "--device", "tpu"], "Unknown device 'tpu'"),
+        (["embed", "{run}", "{day}", "-o", "f", "--device", "tpu"], "Unknown device 'tpu'"),
         (["convert", "{here}/nothing.t"], "nothing.t does not exist"),
     ],
 )  # fmt: skip

@@ -141,7 +141,12 @@ def test_more_trunks_help_and_the_fewest_that_do_are_named():
     how = dict(runs=2, between=0.8, within=0.5)
     n = verdicts.trunks_needed(**how)
     assert power(n, **how) >= 0.8 > power(n - 1, **how)
-    assert np.isclose(power(6, true=0.0, **how), 0.05)  # no effect: what the test may err
+    assert np.isclose(power(6, true=0.0, **how), 0.025)  # no effect: what the test may err
+
+
+@pytest.mark.parametrize("n", range(2, 40))
+def test_power_is_a_number_however_certain_the_finding(n):
+    assert 0 < power(n, 2, 0.25, 0.5, family=20) <= 1
 
 
 def test_a_family_errs_as_seldom_as_promised():
