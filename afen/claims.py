@@ -951,7 +951,7 @@ def judged_gains(evidence: Evidence) -> pd.DataFrame:
     gains = {
         "CAJ": afen_minus_caj(evidence.preset, evidence.records),
         "the base": afen_minus(evidence, "base"),
-        "the base with plain blocks of that size": afen_minus(evidence, "control for both"),
+        "the base with plain blocks of the modules' size": afen_minus(evidence, "control for both"),
     }
     return judge(
         Test(0, name, values, values.isna() & False, SIZE) for name, values in gains.items()

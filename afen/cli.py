@@ -273,11 +273,12 @@ def _quiet() -> Any:
 # %% ../nbs/40_cli.ipynb #e9a8222a
 def embed(given: argparse.Namespace) -> None:
     """Write the features of a folder's images, as a gallery that can be searched."""
+    from afen.core import with_ending
     from afen.retrieval import Gallery
 
-    run = _open(find_run(given.run), given.device)
+    run, path = _open(find_run(given.run), given.device), with_ending(given.out, ".npz")
     gallery = Gallery.from_folder(run, given.folder, given.modality)
-    path = gallery.save(given.out)
+    gallery.save(path)
     counts = gallery.crops.modality.value_counts()
     parts = ", ".join(f"{n} {modality}" for modality, n in counts.items())
     print(f"{path}: features {tuple(gallery.features.shape)} of {parts} images")
@@ -299,6 +300,8 @@ def search(given: argparse.Namespace) -> None:
     from afen.core import atomic_path, with_ending
     from afen.retrieval import Gallery, ranked_picture
 
+    out = given.out.removesuffix(".csv").removesuffix(".png")
+    table, picture = (with_ending(out, end) for end in (".csv", ".png"))
     run, place = _open(find_run(given.run), given.device), Path(given.gallery).expanduser()
     if place.suffix == ".npz":
         gallery = Gallery.open(place, run)
@@ -310,8 +313,6 @@ def search(given: argparse.Namespace) -> None:
         near = [f"{r.path} {r.cosine:.2f}" for r in found.itertuples()]
         near = [f"{n} ({a})" if a else n for n, a in zip(near, found.alike)]
         print(f"{query}: {', '.join(near)}")
-    out = given.out.removesuffix(".csv").removesuffix(".png")
-    table, picture = (with_ending(out, end) for end in (".csv", ".png"))
     rows = [found.assign(query=query) for query, found in zip(given.query, results)]
     with atomic_path(table) as draft:
         pd.concat(rows).set_index("query").to_csv(draft)

@@ -90,9 +90,14 @@ def with_ending(
     path: Path | str,
     ending: str,  # ".npz"
 ) -> Path:
-    """The path with this ending, added if it has another: crops.v2 is crops.v2.npz."""
+    """The path with this ending, added if it has another: crops.v2 is crops.v2.npz.
+
+    Raises ValueError if the path names no file.
+    """
     path = Path(path).expanduser()
-    return path if path.suffix == ending else path.with_name(path.name + ending)
+    if path.name in ("", ".."):
+        raise ValueError(f"The path {str(path)!r} names no file: give one, as out{ending}.")
+    return path if path.suffix.lower() == ending else path.with_name(path.name + ending)
 
 # %% ../nbs/00_core.ipynb #58ff4c27
 def parent_command() -> list[str]:

@@ -234,13 +234,14 @@ def plane(
     features: np.ndarray,  # [N, D]
     identity: np.ndarray,  # [N]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of at most POINTS images, whole people, and their places: [n], [n, 2].
+    """Rows of at most POINTS images, whole people if they fit, and their places: [n], [n, 2].
 
     Raises ValueError for fewer than four images.
     """
     order = np.argsort(identity, kind="stable")
     last = identity[order[: POINTS + 1]]
-    keep = order if len(order) <= POINTS else order[: np.searchsorted(last, last[-1])]
+    whole = np.searchsorted(last, last[-1]) if len(order) > POINTS else len(order)
+    keep = order[: whole if whole >= 4 else POINTS]
     if len(keep) < 4:
         raise ValueError(f"{len(keep)} images make no plane: give four or more.")
     near = min(30.0, (len(keep) - 1) / 3)

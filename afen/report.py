@@ -541,7 +541,7 @@ def plane_section(evidence: Evidence) -> str:
     xy = (xy - xy.min(0)) / np.ptp(xy, axis=0).clip(1e-9)
     people = {who: i for i, who in enumerate(dict.fromkeys(test.identity.iloc[rows]))}
     points = "".join(_point(test.iloc[r], p, people) for r, p in zip(rows, xy))
-    part = "" if len(rows) == len(test) else f" {len(rows)} of {len(test)} images, whole people."
+    part = "" if len(rows) == len(test) else f" {len(rows)} of {len(test)} images are shown."
     return (
         '<section id="map"><h2>All images on a plane</h2>\n<p>t-SNE of the features: circles are '
         "visible, triangles infrared, a colour for each person (colours come again). Near points "

@@ -43,8 +43,10 @@ def list_crops(
 ) -> pd.DataFrame:
     """All images below a folder: columns path (from the folder) and modality.
 
-    A folder's name within it says more than `modality`, and that more than its own name or
-    one above. Raises FileNotFoundError if there is no image, ValueError if a modality is not known.
+    A folder's name within it says more than `modality`, and that more than its own name
+    or one above.
+
+    Raises FileNotFoundError if there is no image, ValueError if a modality is not known.
     """
     folder = Path(folder).expanduser()
     paths = sorted(list_tree(folder).all_images())

@@ -420,7 +420,7 @@ from safetensors.torch import load as load_tensors
 from .backbone import first_difference, not_finite
 from .core import seed_everything
 from .ranks import is_first
-from .training import Run, estimate, memory_words, path_before
+from .training import Run, estimate, last_whole, memory_words
 
 
 def start(plan: Plan, data: Data) -> Run:
@@ -481,16 +481,17 @@ def say_cost(run: Run, plan: Plan) -> None:
 def finished_record(plan: Plan, data: Data) -> dict[str, Any] | None:
     """The record of this very run, if it is finished and its weights are there.
 
-    None under `-p resume False`, and beside a checkpoint, which a later training left.
+    None under `-p resume False`, and beside its checkpoint, which a later training left.
     """
-    checkpoint = plan.folder / "checkpoint.pt"
-    if checkpoint.exists() or path_before(checkpoint).exists():
-        return None
     record = last_record(plan) if plan.given["resume"] else None
     if record is None or record["status"] == "failed" or changed_data(record, data):
         return None
     if record.get("start_weights", {}).get("hash", "") != plan.weights_hash:
         return None
+    if last_whole(checkpoint := plan.folder / "checkpoint.pt"):
+        state = torch.load(last_whole(checkpoint), map_location="cpu", weights_only=True)
+        if state["key"] == run_key(plan, data):
+            return None
     return record if (plan.folder / "weights.safetensors").exists() else None
 
 
@@ -715,6 +716,7 @@ import json
 from safetensors.torch import save
 
 from .core import atomic_path
+from .training import path_before
 
 
 def save_weights(method: Method, folder: Path, run: str) -> Path:

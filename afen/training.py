@@ -8,9 +8,9 @@ __all__ = ['OPTIMISERS', 'PRECISIONS', 'EARLY', 'AT_ONCE', 'SPREAD', 'AMPERE', '
            'add_gradients', 'backward_in_chunks', 'chunk_rows', 'cached_features', 'kept_buffers', 'check_chunk',
            'seconds_per_step', 'kept_state', 'estimate', 'saved_bytes', 'memory_of_step', 'memory_words', 'health',
            'train_epoch', 'save_checkpoint', 'path_before', 'append_checksum', 'circumstances', 'changed_circumstances',
-           'load_checkpoint', 'prepare_device', 'compiled_parts', 'compile_method', 'check_compiler', 'Run',
-           'progress_bar', 'is_terminal', 'EpochBar', 'EpochLines', 'embed', 'unit_features', 'at_once', 'check_words',
-           'check_finite', 'collapse', 'check_precision', 'precision_words']
+           'last_whole', 'load_checkpoint', 'prepare_device', 'compiled_parts', 'compile_method', 'check_compiler',
+           'Run', 'progress_bar', 'is_terminal', 'EpochBar', 'EpochLines', 'embed', 'unit_features', 'at_once',
+           'check_words', 'check_finite', 'collapse', 'check_precision', 'precision_words']
 
 # %% ../nbs/21_training.ipynb #08cf3b5a
 import math
@@ -515,6 +515,11 @@ def changed_circumstances(before: dict[str, str]) -> list[str]:
     ]
 
 # %% ../nbs/21_training.ipynb #bd1e4887
+def last_whole(path: Path) -> Path | None:
+    """Of a checkpoint and the one before it, the last that is whole."""
+    return next((p for p in (path, path_before(path)) if is_intact(p)), None)
+
+
 def load_checkpoint(
     path: Path,
     key: str,  # the parameters' hash, which must be the checkpoint's
@@ -524,7 +529,7 @@ def load_checkpoint(
     A damaged one, and circumstances that changed, are said and added to its warnings.
     Raises ValueError when none is whole, or it belongs to other parameters or images.
     """
-    whole = next((p for p in (path, path_before(path)) if is_intact(p)), None)
+    whole = last_whole(path)
     if whole is None:
         raise ValueError(
             f"Checkpoint {path} is damaged: delete it, or use -p resume False to "

@@ -229,7 +229,7 @@ def test_seeds_of_one_split_are_no_units_of_their_own():
 def test_a_study_that_a_preset_cannot_run_is_refused(capsys):
     with pytest.raises(SystemExit):
         grid.main(["jobs", "--preset", "paper", "--study", "start"])
-    assert "fit no ResNet-50: leave it out of STUDIES." in capsys.readouterr().err
+    assert "Preset 'paper' cannot run study 'start': leave it out." in capsys.readouterr().err
 
 
 def test_a_comparison_that_lacks_a_run_is_not_judged():

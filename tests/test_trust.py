@@ -275,6 +275,14 @@ def test_a_retraining_that_was_killed_goes_on(tiny, finished, tmp_path):
     assert runs.start(plan, data).epoch == plan.recipe.epochs
 
 
+def test_the_checkpoint_of_another_training_hides_no_finished_run(tiny, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    other, _ = stopped(tiny, tmp_path / "other", 2, seed=1)
+    shutil.copy(other.folder / "checkpoint.pt", folder)
+    plan, data = in_folder(tiny, folder)
+    assert runs.start(plan, data).epoch == plan.recipe.epochs
+
+
 def test_damaged_weights_of_a_finished_run_are_not_used(tiny, finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     flip_a_bit(folder / "weights.safetensors")

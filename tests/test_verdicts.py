@@ -141,7 +141,7 @@ def test_more_trunks_help_and_the_fewest_that_do_are_named():
     how = dict(runs=2, between=0.8, within=0.5)
     n = verdicts.trunks_needed(**how)
     assert power(n, **how) >= 0.8 > power(n - 1, **how)
-    assert np.isclose(power(6, true=0.0, **how), 0.025)  # no effect: what the test may err
+    assert np.isclose(power(6, true=0.0, **how), 0.025)  # no effect: what the test may err upwards
 
 
 @pytest.mark.parametrize("n", range(2, 40))
