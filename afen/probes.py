@@ -245,10 +245,10 @@ def drift(
     groups: Mapping[str, np.ndarray],  # of corruptions -> places among the N
     about: Row,  # which severity
 ) -> list[Row]:
-    """A row for each module, group and branch: drift and spread of Eq. (A)."""
+    """A row for each corrupted module, group and branch: drift and spread of Eq. (A)."""
     rows = []
-    for name, attention in attentions.items():
-        gates = clean[name]
+    for name in corrupted:
+        attention, gates = attentions[name], clean[name]
         spread = relative_change(gates.mean(1, keepdim=True), gates)
         for group, at in groups.items():
             moved = relative_change(corrupted[name][:, at], gates[:, at])
@@ -267,10 +267,11 @@ def watched_gates(
     images: PackedImages | None = None,  # all test images if None
     modality: Sequence[str] | None = None,  # of each of `images`
 ) -> tuple[np.ndarray, dict[str, Tensor]]:
-    """Features [N, D], and by each attention's name its gates [pools + 1, N, C]."""
+    """Features [N, D], and the gates [pools + 1, N, C] of each attention on their way."""
     with watch(attentions, lambda module, x, y: branch_gates(module, x)) as notes:
         features = subject.embed(images, modality)
-    return features, {name: torch.cat(each, 1) for name, each in notes.items()}
+    seen = {name: each for name, each in notes.items() if each}  # not those of another stem
+    return features, {name: torch.cat(each, 1) for name, each in seen.items()}
 
 
 def corruption(subject: Subject) -> Tables:

@@ -169,8 +169,9 @@ def initial_network(
     """
     recipe, start = run.plan.recipe, run.record.get("start_weights")
     if start:
-        if recipe.weights == "pocket":  # kept with the code
-            weights = weights or project_root() / "data" / "trunks" / start["file"]
+        kept = project_root() / "data" / "trunks" / start["file"]
+        if kept.is_file():  # with the code
+            weights = weights or kept
         _check_start(start, weights)
         recipe = replace(recipe, weights=str(weights))
     seed_everything(run.plan.given["seed"])

@@ -215,6 +215,17 @@ def test_a_network_without_mecs_and_fem_has_empty_tables(subject):
     assert [row["where"] for row in probes.gap(bare)["gap"]] == ["feature"]
 
 
+def test_modules_in_the_stems_are_measured_where_they_are(subject):
+    """The visible stem's see no infrared image, and the infrared stem's no corruption."""
+    recipe = replace(POCKET_RECIPE, weights="none")
+    network = create("afen", 4, recipe, mecs_after="stem").eval()
+    stems = probes.Subject(replace(subject.run, network=network), subject.data)
+    rows = {"drift": probes.corruption(stems)["drift"], "joins": probes.joins(stems)["joins"]}
+    assert {"visible" in row["module"] for row in rows["drift"]} <= {True}
+    seen = [row["module"] for row in rows["joins"] if row["kind"] == "MECS"]
+    assert [("visible" in name, "infrared" in name) for name in seen] == [(1, 0), (0, 1)]
+
+
 @pytest.mark.parametrize("name", method_names())
 def test_the_declared_weighted_triplet_is_what_the_losses_compute(name, subject):
     """`hardness` asks the declaration; pooled features and views must be AGW's."""

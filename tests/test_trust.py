@@ -31,6 +31,7 @@ from afen.method import create, method_class, method_names
 from afen.people import write_tree
 from afen.records import read_record
 from afen.tables import sortable
+from afen.trained import initial_network, open_run
 from afen.training import load_checkpoint, path_before, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -654,6 +655,17 @@ def test_a_probe_asks_for_the_start_weights_before_it_measures(tiny, tmp_path, m
     with pytest.raises(FileNotFoundError, match="start.pt, from which the run started"):
         probes.probe(*given)
     assert probes.probe(*given, tmp_path / "moved.pt")["measures"] == {"t": [{"a": 1.0}]}
+
+
+def test_a_kept_trunk_is_found_by_name(tiny, tmp_path):
+    """The visible-only trunk is given by its path, and a probe is given none."""
+    trunk = ROOT / "data" / "trunks" / "visible-00.safetensors"
+    plan, _ = in_folder(tiny, tmp_path / "run", weights=str(trunk), epochs=1)
+    runs.carry_out(plan)
+    network = initial_network(open_run(plan.folder, "cpu"))
+    assert network.net.trunk.layer1[0].conv1.weight.equal(
+        create("agw", 4, plan.recipe).net.trunk.layer1[0].conv1.weight
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b"[" * 10_000, b'{"run": 1}'])
