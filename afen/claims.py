@@ -948,10 +948,11 @@ def afen_minus(
 
 def judged_gains(evidence: Evidence) -> pd.DataFrame:
     """`judge` of AFEN against others, which stand in the column `test`."""
+    plain = "the base with plain blocks of the modules' size"
     gains = {
         "CAJ": afen_minus_caj(evidence.preset, evidence.records),
         "the base": afen_minus(evidence, "base"),
-        "the base with plain blocks of the modules' size": afen_minus(evidence, "control for both"),
+        plain: afen_minus(evidence, "control for both"),
     }
     return judge(
         Test(0, name, values, values.isna() & False, SIZE) for name, values in gains.items()
