@@ -76,14 +76,14 @@ def mean(values: Iterable[float]) -> float:
 
 
 def mean_ap(records: Iterable[Mapping[str, Any]]) -> pd.Series:
-    """mAP by run, mean over all its settings as they are ranked first, in per cent.
+    """mAP by run, mean over all its settings without re-ranking, in per cent.
 
     The ablation takes the settings of Table 1 alone, so its differences on SYSU-MM01 and
     its like are others.
     """
     scores = scores_table(records)
-    first = ~scores.setting.str.endswith(RERANKED)
-    return 100 * scores[first & (scores.metric == "mAP")].groupby("id").value.mean()
+    plain = ~scores.setting.str.endswith(RERANKED)
+    return 100 * scores[plain & (scores.metric == "mAP")].groupby("id").value.mean()
 
 # %% ../nbs/29_claims.ipynb #b37fe22e
 @dataclass(frozen=True)

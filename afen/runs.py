@@ -488,8 +488,8 @@ def finished_record(plan: Plan, data: Data) -> dict[str, Any] | None:
         return None
     if record.get("start_weights", {}).get("hash", "") != plan.weights_hash:
         return None
-    if last_whole(checkpoint := plan.folder / "checkpoint.pt"):
-        state = torch.load(last_whole(checkpoint), map_location="cpu", weights_only=True)
+    if whole := last_whole(plan.folder / "checkpoint.pt"):
+        state = torch.load(whole, map_location="cpu", weights_only=True)
         if state["key"] == run_key(plan, data):
             return None
     return record if (plan.folder / "weights.safetensors").exists() else None
