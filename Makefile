@@ -16,6 +16,8 @@ ONE = runs/$(DATASET)-$(METHOD)
 RUN = $(BIN)/papermill --no-progress-bar --stdout-file - nbs/train.ipynb
 SAY = awk '/^[A-Za-z]*(Error|Exception|Interrupt): ./ {s = ""} {s = s $$0 "\n"} \
   END {printf "%s", s; exit 1}'
+# gigabytes of small runs that notebooks write outside the project go with them
+SCRATCH = scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && TMPDIR=$$scratch
 
 .PHONY: bench demo test test-long check-gpu lab train reproduce install notebooks docs docs-serve clean
 
@@ -43,7 +45,8 @@ train: install  ## one run: make train DATASET=regdb METHOD=afen ARGS="-p split 
 
 test: install  ## notebooks and modules in step, every notebook, every test
 	$(BIN)/python tests/in_step.py
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_file_re '^[_.]|^train'
+	$(SCRATCH) OMP_NUM_THREADS=1 \
+	  $(BIN)/nbdev_test --n_workers 2 --skip_file_re '^[_.]|^train'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-long: install  ## an hour or two: kills, broken data, fuzz, numerics, an empty environment
@@ -70,7 +73,7 @@ reproduce: install  ## make every missing run, then all tables and figures
 
 notebooks: install  ## export the modules, run every notebook, clean them
 	$(BIN)/nbdev_export
-	$(BIN)/python tests/run_notebooks.py
+	$(SCRATCH) $(BIN)/python tests/run_notebooks.py
 	$(BIN)/nbdev_clean
 
 docs: install  ## the site, from the committed notebooks: docs/_build/html
