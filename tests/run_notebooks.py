@@ -15,6 +15,7 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
+STYLED = re.compile(r"\bT_[0-9a-f]{5}(?=[_\"])")  # pandas draws a styled table's name
 TEMPORARY = re.compile(rf"{re.escape(tempfile.gettempdir())}/tmp\w+")
 
 
@@ -44,6 +45,10 @@ def settle(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             kept["source_hash"] = source_hash(cell.source)
             cell.outputs = merge(cell.outputs)
+            for i, output in enumerate(cell.outputs):
+                if html := output.get("data", {}).get("text/html"):
+                    name = f"T_{kept['source_hash']}_{i}"
+                    output.data["text/html"] = STYLED.sub(name, html)
         cell.metadata = kept
     return book
 
