@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAGE', 'CODES', 'COMMANDS', 'ARGUMENTS', 'ON_DEVICE', 'SAID', 'runs_folder', 'find_run', 'age', 'runs_table',
-           'run_rows', 'print_table', 'flat', 'differences', 'paired_scores', 'verify', 'runs', 'compare', 'report',
-           'export', 'embed', 'say_duplicates', 'search', 'convert', 'published_lines', 'make_parser', 'main']
+           'run_rows', 'print_table', 'flat', 'differences', 'paired_scores', 'same_trials', 'verify', 'runs',
+           'compare', 'report', 'export', 'embed', 'check_target', 'say_duplicates', 'search', 'convert',
+           'published_lines', 'make_parser', 'main']
 
 # %% ../nbs/40_cli.ipynb #7891d159
 import argparse
@@ -148,21 +149,21 @@ def paired_scores(first: Mapping[str, Any], second: Mapping[str, Any]) -> "pd.Da
     """Scores of two records in per cent, one row per setting and metric that both have.
 
     Columns setting, metric, first, second, difference; trials, std of the difference over
-    them, low and high of its mean where trials can be paired: on the same images.
+    them, low and high of its mean where trials can be paired, as `same_trials` says.
     """
     import numpy as np
     import pandas as pd
 
     from afen.tables import FEWEST, bootstrap_interval
 
-    same, rows = first["data"]["hash"] == second["data"]["hash"], []
+    rows = []
     for setting in [s for s in first["scores"] if s in second["scores"]]:
         one, two = (record["scores"][setting] for record in (first, second))
         for metric in [m for m in ("rank1", "mAP", "mINP") if m in one["mean"]]:
             a, b = 100 * one["mean"][metric], 100 * two["mean"][metric]
             row = {"setting": setting, "metric": metric, "first": a, "second": b}
             row["difference"] = b - a
-            if same and one["n"] == two["n"]:
+            if same_trials(first, second, setting):
                 each = [[100 * trial[metric] for trial in e["each"]] for e in (one, two)]
                 d = np.subtract(*reversed(each))
                 row |= {"trials": len(d), "std": d.std(ddof=1) if len(d) > 1 else None}
@@ -173,6 +174,17 @@ def paired_scores(first: Mapping[str, Any], second: Mapping[str, Any]) -> "pd.Da
     columns += ["low", "high"]
     table = pd.DataFrame(rows, columns=columns).astype({"trials": "Int64"})
     return table.dropna(axis=1, how="all")
+
+
+def same_trials(first: Mapping[str, Any], second: Mapping[str, Any], setting: str) -> bool:
+    """Whether two records' trials of a setting have the same queries and galleries."""
+    sides = [
+        [record["data"]["hash"]]
+        + [record["parameters"].get(name) for name in ("split", "gallery")]
+        + [record["scores"][setting][name] for name in ("n", "n_queries", "n_gallery")]
+        for record in (first, second)
+    ]
+    return sides[0] == sides[1]
 
 # %% ../nbs/40_cli.ipynb #76d062c4
 def verify(given: argparse.Namespace) -> int:
@@ -204,7 +216,7 @@ def compare(given: argparse.Namespace) -> None:
     print("\nScores in per cent, second minus first")
     print_table(scores) if len(scores) else print("no setting is in both")
     if len(scores) and "trials" not in scores:
-        print("The images are not the same ones: the trials are not paired.")
+        print("The images or galleries are not the same ones: the trials are not paired.")
 
 
 def report(given: argparse.Namespace) -> None:
@@ -222,10 +234,10 @@ def export(given: argparse.Namespace) -> None:
 
     folder = find_run(given.run)
     run = _open(folder, "cpu")  # where the files compute, too: a GPU may round more
-    kind = "pt2" if given.pt2 else "onnx"
+    kinds = [kind for kind in ("onnx", "pt2") if getattr(given, kind)] or ["onnx"]
     out = Path(given.out).expanduser() if given.out else folder / "export"
     with _quiet():
-        paths = export_run(run, out, kind)
+        paths = [path for kind in kinds for path in export_run(run, out, kind)]
     for path, difference in zip(paths, _departures(run, paths)):
         size, words = path.stat().st_size / 1e6, "on rendered people"
         print(f"{path}: {size:.0f} MB, departs from torch by {difference:.0e} {words}")
@@ -276,13 +288,24 @@ def embed(given: argparse.Namespace) -> None:
     from afen.core import with_ending
     from afen.retrieval import Gallery
 
-    run, path = _open(find_run(given.run), given.device), with_ending(given.out, ".npz")
+    path = with_ending(given.out, ".npz")
+    check_target(path)
+    run = _open(find_run(given.run), given.device)
     gallery = Gallery.from_folder(run, given.folder, given.modality)
     gallery.save(path)
     counts = gallery.crops.modality.value_counts()
     parts = ", ".join(f"{n} {modality}" for modality, n in counts.items())
     print(f"{path}: features {tuple(gallery.features.shape)} of {parts} images")
     say_duplicates(gallery)
+
+
+def check_target(path: Path) -> None:
+    """Raise OSError if a file cannot be written there: before the work, not after it."""
+    from afen.core import check_writable
+
+    if path.is_dir():
+        raise IsADirectoryError(f"There is a folder {path}: give another name with -o.")
+    check_writable(path.parent, "use another -o")
 
 
 def say_duplicates(gallery: "Gallery") -> None:
@@ -302,8 +325,10 @@ def search(given: argparse.Namespace) -> None:
 
     out = given.out.removesuffix(".csv").removesuffix(".png")
     table, picture = (with_ending(out, end) for end in (".csv", ".png"))
+    check_target(table)
+    check_target(picture)
     run, place = _open(find_run(given.run), given.device), Path(given.gallery).expanduser()
-    if place.suffix == ".npz":
+    if place.suffix.lower() == ".npz":
         gallery = Gallery.open(place, run)
     else:
         gallery = Gallery.from_folder(run, place, given.modality)
@@ -394,7 +419,8 @@ ARGUMENTS: dict[str, list[tuple[list[str], dict[str, Any]]]] = {
     "export": [
         (["run"], {"metavar": "RUN"}),
         (["--onnx"], {"action": "store_true", "help": "for ONNX runtimes (the default)"}),
-        (["--pt2"], {"action": "store_true", "help": "for torch.export.load"}),
+        (["--pt2"], {"action": "store_true", "help": "for torch.export.load; with --onnx, "
+                     "both are written"}),
         (["-o", "--out"], {"help": "folder for the files, if not export/ in the run's"}),
     ],
     "embed": [
@@ -419,7 +445,8 @@ ARGUMENTS: dict[str, list[tuple[list[str], dict[str, Any]]]] = {
         (["--method"], {"help": "agw, caj, ddag or pmt, where the file does not tell"}),
         (["--dataset"], {"help": "that it was trained on, where the name does not tell"}),
         (["--root"], {"help": "folder of the data set, if not data/<dataset>"}),
-        (["--split"], {"type": int, "help": "RegDB: the split that it was trained on"}),
+        (["--split"], {"type": int, "help": "RegDB: the split that it was trained on, where "
+                       "the name does not tell"}),
         (["-o", "--out"], {"help": "the run's folder, if not runs/<id>"}),
     ],
 }  # fmt: skip

@@ -6,14 +6,14 @@
 __all__ = ['MODALITIES', 'IMAGE_COLUMNS', 'Parts', 'SOURCES', 'NAMES', 'IMAGE_SUFFIXES', 'DIRECTIONS', 'SYSU_CAMERAS',
            'SYSU_SETTINGS', 'Cells', 'Permutations', 'TRIAL_NUMBERS', 'Draw', 'LLCM_TEST', 'JOINT_COLUMNS', 'PUBLISHED',
            'Counts', 'Trial', 'Split', 'Source', 'find_root', 'require_root', 'is_image', 'Listing', 'list_tree',
-           'left_out', 'list_cameras', 'path_below', 'read_index', 'list_indexed', 'relabel', 'both_directions',
-           'read_regdb', 'read_mat', 'read_ids', 'gallery_cells', 'draw_random', 'read_permutations', 'draw_official',
-           'cells_unlike', 'file_numbers', 'sysu_trials', 'read_sysu', 'llcm_trials', 'read_llcm', 'check_order',
-           'list_folder', 'number_names', 'other_files', 'read_folder', 'read_joints', 'without_match', 'in_sets',
-           'part_of', 'check_split', 'read_split', 'count_indices', 'regdb_lines', 'count_regdb', 'count_sysu',
-           'count_llcm', 'count_folder', 'count_tree', 'read_splits', 'most_without_match', 'count_without_match',
-           'equal_images', 'image_table', 'count_equal', 'Report', 'compare_counts', 'verify', 'count_departures',
-           'with_noise', 'check_choices', 'load', 'summary']
+           'check_open', 'left_out', 'list_cameras', 'path_below', 'read_index', 'list_indexed', 'relabel',
+           'both_directions', 'read_regdb', 'read_mat', 'read_ids', 'gallery_cells', 'draw_random', 'read_permutations',
+           'draw_official', 'cells_unlike', 'file_numbers', 'sysu_trials', 'read_sysu', 'llcm_trials', 'read_llcm',
+           'check_order', 'list_folder', 'number_names', 'other_files', 'read_folder', 'read_joints', 'without_match',
+           'check_split', 'in_sets', 'part_of', 'read_split', 'count_indices', 'regdb_lines', 'count_regdb',
+           'count_sysu', 'count_llcm', 'count_folder', 'count_tree', 'read_splits', 'most_without_match',
+           'count_without_match', 'equal_images', 'image_table', 'count_equal', 'Report', 'compare_counts', 'verify',
+           'count_departures', 'with_noise', 'check_choices', 'load', 'summary']
 
 # %% ../nbs/02_datasets.ipynb #aa2f5fe2
 import hashlib
@@ -232,6 +232,12 @@ def list_tree(root: Path | str) -> Listing:
 
     enter("", ())
     return Listing(root, sizes, contents, tuple(closed))
+
+
+def check_open(listing: Listing) -> None:
+    """Raise PermissionError if a folder may not be opened: it may hold images."""
+    if listing.closed:
+        raise PermissionError(f"{listing.root}/{listing.closed[0]} may not be opened.")
 
 # %% ../nbs/02_datasets.ipynb #b59ed7f8
 def left_out(listing: Listing, kept: Iterable[str]) -> tuple[str, ...]:
@@ -743,9 +749,11 @@ def list_folder(root: Path | str) -> pd.DataFrame:
 
     It is "" for an image directly in visible/ or infrared/. Images beside the camera
     folders, or without any, have camera 1 (visible) or 2. Raises ValueError at a camera
-    folder without a number, or above the people.
+    folder without a number, or above the people, PermissionError as `check_open`.
     """
-    return _list_images(list_tree(root))
+    listing = list_tree(root)
+    check_open(listing)
+    return _list_images(listing)
 
 # %% ../nbs/02_datasets.ipynb #21bd81ad
 def number_names(names: Iterable[str]) -> dict[str, int]:
@@ -873,6 +881,28 @@ def without_match(trial: Trial, test: pd.DataFrame, protocol: str) -> int:
         if all(_hides(protocol, number, other) for other in cameras.get(person, ()))
     )
 
+# %% ../nbs/02_datasets.ipynb #dee76dbb
+def check_split(split: Split) -> Split:
+    """Return the split, or raise ValueError with the first thing that is wrong."""
+    where = f"{split.name} at {split.root}"
+    shared = sorted(set(split.train.identity) & set(split.test.identity))
+    if shared:
+        raise ValueError(f"{where}: identity {shared[0]} is in training and in test.")
+    for modality in MODALITIES:
+        present = split.train.identity[split.train.modality == modality]
+        lacking = sorted(set(split.train.identity) - set(present))
+        if lacking or split.train.empty:
+            who = f"identity {lacking[0]}" if lacking else "anyone"
+            raise ValueError(f"{where}: no {modality} training image of {who}.")
+    for trial in split.trials:
+        if not (len(trial.query) and len(trial.gallery)):
+            raise ValueError(f"{where}: no query or no gallery in {trial.setting}.")
+        if without_match(trial, split.test, split.protocol) == len(trial.query):
+            raise ValueError(
+                f"{where}: no query of {trial.setting} has a match that it may see."
+            )
+    return split
+
 # %% ../nbs/02_datasets.ipynb #d0c5e1a1
 def in_sets(
     test: pd.DataFrame,  # with a column identity
@@ -900,28 +930,6 @@ def part_of(trial: Trial, chosen: np.ndarray, number: int) -> Trial:
     query, gallery = (rows[chosen[rows]] for rows in (trial.query, trial.gallery))
     return replace(trial, number=number, query=query, gallery=gallery)
 
-# %% ../nbs/02_datasets.ipynb #dee76dbb
-def check_split(split: Split) -> Split:
-    """Return the split, or raise ValueError with the first thing that is wrong."""
-    where = f"{split.name} at {split.root}"
-    shared = sorted(set(split.train.identity) & set(split.test.identity))
-    if shared:
-        raise ValueError(f"{where}: identity {shared[0]} is in training and in test.")
-    for modality in MODALITIES:
-        present = split.train.identity[split.train.modality == modality]
-        lacking = sorted(set(split.train.identity) - set(present))
-        if lacking or split.train.empty:
-            who = f"identity {lacking[0]}" if lacking else "anyone"
-            raise ValueError(f"{where}: no {modality} training image of {who}.")
-    for trial in split.trials:
-        if not (len(trial.query) and len(trial.gallery)):
-            raise ValueError(f"{where}: no query or no gallery in {trial.setting}.")
-        if without_match(trial, split.test, split.protocol) == len(trial.query):
-            raise ValueError(
-                f"{where}: no query of {trial.setting} has a match that it may see."
-            )
-    return split
-
 # %% ../nbs/02_datasets.ipynb #23dfe1f5
 def read_split(
     name: str,  # a key of SOURCES
@@ -937,8 +945,7 @@ def read_split(
         "llcm": read_llcm,
         "folder": partial(read_folder, split=split),
     }[layout]
-    if listing.closed:
-        raise PermissionError(f"{listing.root}/{listing.closed[0]} may not be opened.")
+    check_open(listing)
     train, test, trials = reader(listing)
     if name.startswith("pocket-"):
         trials = in_sets(test, trials, TEST_SET)

@@ -308,16 +308,23 @@ def _check_distances(distances: np.ndarray) -> None:
 
 # %% ../nbs/20_evaluation.ipynb #fc56f7e5
 def _check_numbers(values: np.ndarray, what: str) -> np.ndarray:
-    """The values as whole numbers; ValueError for anything else."""
-    if values.dtype.kind == "O" and all(type(v) is int for v in values.ravel()):
-        values = values.astype(np.int64)
-    if values.dtype.kind not in "iuf" or not (np.mod(values, 1) == 0).all():
+    """The values as int64; ValueError for what is no whole number, or a large one."""
+    kind = values.dtype.kind
+    ints = kind == "O" and all(type(v) is int for v in values.ravel())
+    if not ints and (kind not in "iuf" or not (np.mod(values, 1) == 0).all()):
         example = values.ravel()[:1].tolist()
         raise ValueError(
             f"The {what} are not whole numbers (the first is {example[0]!r}): give the "
             "numbers that the data set gives them."
         )
-    return values
+    bits = min(63, np.finfo(values.dtype).nmant + 1) if kind == "f" else 63
+    large = [v for v in values.tolist() if abs(v) >= 2**bits]
+    if large:  # two would become one here, or were made one as floats
+        raise ValueError(
+            f"The {what} have {large[0]}, which may be taken for another: give whole "
+            f"numbers below 2**{bits}."
+        )
+    return values.astype(np.int64)
 
 # %% ../nbs/20_evaluation.ipynb #e949ac56
 N_CAMERAS = {"sysu": 6, "llcm": 9}  # how many a set has; they are counted from 1
@@ -387,8 +394,8 @@ def evaluate(
     dropped and counted. Source: the peers' released evaluation code; ties, small
     galleries and refusals are our decisions. Raises ValueError for an unknown protocol,
     shapes that do not fit, missing cameras or such that the set does not have, an empty
-    set, distances that are not finite, identities that are neither whole numbers nor text,
-    or no query with a match.
+    set, distances that are not finite, identities that are neither text nor whole
+    numbers below 2**63 (2**53 as floats), or no query with a match.
     """
     nearest(protocol, PROTOCOLS, "protocol")
     distances = _array(distances)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['BOTH', 'METHODS', 'ROWS', 'FULL', 'BASE', 'CORE', 'CONTROLS', 'LOSSES', 'POOLING', 'FEM_BRANCHES', 'PLACES', 'STRIPS',
-           'JOINING', 'READINGS', 'RECIPE', 'NONLOCAL', 'VISIBLE', 'START', 'ONE_RECIPE', 'WRONG_LABELS', 'GRID',
-           'STUDIES', 'PRESETS', 'IMAGES', 'WEIGHTS', 'METRICS', 'SETTINGS', 'COLUMNS', 'SHOWN', 'Group',
+           'JOINING', 'READINGS', 'PLAIN', 'RECIPE', 'NONLOCAL', 'VISIBLE', 'START', 'ONE_RECIPE', 'WRONG_LABELS',
+           'GRID', 'STUDIES', 'PRESETS', 'IMAGES', 'WEIGHTS', 'METRICS', 'SETTINGS', 'COLUMNS', 'SHOWN', 'Group',
            'switch_change', 'joined', 'Preset', 'Job', 'make_job', 'jobs', 'runs_of', 'job_lines', 'total_steps',
            'step_seconds', 'step_work', 'step_cost', 'beside_steps', 'plan', 'cost_text', 'plan_text', 'timed_records',
            'GPU', 'this_gpu', 'driver_version', 'gpu_records', 'gpu_costs', 'price_by_gpu', 'disk_gigabytes',
            'needs_text', 'gpu_text', 'last_error', 'may_pass', 'keep', 'results', 'differences', 'run_points',
-           'by_unit', 'group_verdicts', 'main']
+           'by_unit', 'trunk_count', 'group_verdicts', 'main']
 
 # %% ../nbs/26_grid.ipynb #58324ad7
 import argparse
@@ -33,9 +33,10 @@ import torch
 import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
+from .backbone import trunk_files
 from .core import nearest, project_root
 from .datasets import DIRECTIONS, PUBLISHED, SYSU_SETTINGS, require_root
-from .method import Method, Recipe, create
+from .method import Method, Recipe, create, method_class
 from .methods.pmt import TAG
 from afen.records import (
     keep_record,
@@ -196,14 +197,16 @@ READINGS = Group(
         "squares": switch_change("mecs", kernels="squares"),
     },
 )  # fmt: skip
+PLAIN = "without channel enhancement"
 RECIPE = Group(
     "ablation", "recipe", "What does the recipe bring?", "as it stands",
     {
         "as it stands": {},
         "erasing 0.5": {"erasing": 0.5},
-        "without warm-up": {"warmup": 0},
-        "without channel enhancement": {"options": {"channel_enhancement": False}},
+        PLAIN: {"options": {"channel_enhancement": False}},
+        f"base, {PLAIN}": BASE | {"options": {"channel_enhancement": False}},
     },
+    pairs=((PLAIN, f"base, {PLAIN}"),),
 )  # fmt: skip
 NONLOCAL = Group(
     "ablation", "non-local blocks", "Does the base lose by leaving them out?", "off",
@@ -808,10 +811,21 @@ def run_points(
 
 def by_unit(
     values: pd.Series,  # of one data set, by split and seed; NaN is left out
+    trunks: int | None = None,  # how many there are, if seeds name them; each seed if None
 ) -> pd.Series:
     """One number for each unit that has one: each split of several, or each seed of one."""
-    several = values.index.unique("split").size > 1
-    return values.groupby(level="split" if several else "seed").mean().dropna()
+    unit = "split" if values.index.unique("split").size > 1 else "seed"
+    of = values.index.get_level_values(unit)
+    return values.groupby(of % trunks if trunks and unit == "seed" else of).mean().dropna()
+
+
+def trunk_count(
+    group: Group,
+    labels: Iterable[str],  # of its cells
+) -> int:
+    """From how many pocket trunks the runs of some cells start, by the cell with the fewest."""
+    methods = (group.cells[label].get("method", DEFAULTS["method"]) for label in labels)
+    return min(len(trunk_files(method_class(name).trunk)) for name in methods)
 
 
 def group_verdicts(
@@ -827,7 +841,9 @@ def group_verdicts(
     for dataset, points in run_points(table, group).groupby(level="dataset", sort=False):
         for label, reference in group.comparisons():
             values = points[label] - points[reference]
-            units, key = by_unit(values), (dataset, label, reference)
+            pair = label, reference
+            trunks = trunk_count(group, pair) if dataset.startswith("pocket-") else None
+            units, key = by_unit(values, trunks), (dataset, *pair)
             rows[key] = {"n": len(units), "verdict": "not run"}
             if values.notna().all() and len(units) > 1:
                 effects[key] = effect(units.to_numpy())

@@ -200,10 +200,10 @@ class MultiScale(nn.Module):
         self.strips = scale_convolutions(channels, strips, kernels, layout)
         self.extra = extra
 
-    def forward(self, F: Tensor) -> Tensor:
-        base = self.base(F)
+    def forward(self, F1: Tensor) -> Tensor:  # F1: F' of Eq. (2)
+        base = self.base(F1)
         F_s = sum(strip(base) for strip in self.strips)  # Eq. (3)
-        return F_s + {"none": 0, "base": base, "input": F}[self.extra]
+        return F_s + {"none": 0, "base": base, "input": F1}[self.extra]
 
 # %% ../nbs/11_mecs.ipynb #96d8c935
 class SpatialAttention(nn.Module):
@@ -220,13 +220,13 @@ class SpatialAttention(nn.Module):
         self.point = nn.Conv2d(channels, channels, 1)
         self.squash = squash
 
-    def attention(self, F: Tensor) -> Tensor:
+    def attention(self, F1: Tensor) -> Tensor:  # F1: F' of Eq. (2)
         """The spatial attention map of Eq. (4), [B, C, H, W]."""
-        weights = self.point(self.scales(F))
+        weights = self.point(self.scales(F1))
         return weights.sigmoid() if self.squash else weights
 
-    def forward(self, F: Tensor) -> Tensor:
-        return self.attention(F) * F  # Eq. (4)
+    def forward(self, F1: Tensor) -> Tensor:  # F1: F' of Eq. (2)
+        return self.attention(F1) * F1  # Eq. (4)
 
 # %% ../nbs/11_mecs.ipynb #4e849f8f
 class MECS(nn.Module):

@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['STATUSES', 'RECORD_SCHEMA', 'PACKAGES', 'OVER', 'run_status', 'check_record', 'are_finite', 'fingerprint', 'run_id',
-           'code_revision', 'package_versions', 'cpu_name', 'machine', 'rounded_rows', 'score_entry', 'new_record',
-           'write_record', 'read_record', 'records_folder', 'keep_record', 'load_records', 'scores_table',
-           'keep_notebook']
+           'code_revision', 'package_versions', 'machine', 'rounded_rows', 'score_entry', 'new_record', 'write_record',
+           'read_record', 'records_folder', 'keep_record', 'load_records', 'scores_table', 'keep_notebook']
 
 # %% ../nbs/22_records.ipynb #d66568e6
 import json
 import math
 import os
 import platform
-import re
 import resource
 import shutil
 import subprocess
@@ -31,6 +29,7 @@ import torch
 import afen
 from afen.core import (
     atomic_path,
+    device_name,
     digest,
     papermill_command,
     project_root,
@@ -189,13 +188,6 @@ def package_versions() -> dict[str, str]:
     return {"python": platform.python_version()} | versions
 
 # %% ../nbs/22_records.ipynb #340384c1
-def cpu_name(info: Path | str = "/proc/cpuinfo") -> str:
-    """The CPU's name where the system tells it, else its architecture."""
-    text = Path(info).read_text() if Path(info).exists() else ""
-    line = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
-    return line[1] if line else platform.processor() or platform.machine()
-
-
 def machine(
     device: torch.device,
     seconds: float,  # wall-clock, of the training
@@ -206,9 +198,8 @@ def machine(
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, kB here
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else host
-    name = torch.cuda.get_device_name(device) if on_gpu else cpu_name()
     return {
-        "device": f"{device.type}: {name}",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "system": platform.platform(terse=True),
         "precision": precision,
@@ -313,20 +304,39 @@ def keep_record(
     """Copy a run's record to the kept ones, checked; returns the copy's path.
 
     A run has the same name whatever code made it. Raises ValueError when a finished run
-    of other code is kept under it.
+    is kept under it, unless this one is finished too, on the same images, and both are of
+    one revision without changes.
     """
     record = read_record(Path(run) / "record.json")
     path = Path(folder or records_folder()) / f"{record['id']}.json"  # the name is checked
     kept = read_record(path) if path.exists() else record
-    revisions = kept["code"]["revision"], record["code"]["revision"]
-    if kept["status"] != "failed" and revisions[0] != revisions[1]:
+    if kept["status"] != "failed" and (why := _not_the_same(kept, record)):
         raise ValueError(
-            f"Run {record['id']} is kept from revision {revisions[0][:7]}, and this one is "
-            f"of {revisions[1][:7]}: delete {path} first if it is to be replaced."
+            f"Run {record['id']} is kept from {_code_words(kept)}, and this one {why}: "
+            f"delete {path} first if it is to be replaced."
         )
     with atomic_path(path) as draft:
         draft.write_bytes((Path(run) / "record.json").read_bytes())
     return path
+
+
+def _not_the_same(kept: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """Why a record may not take the place of a finished one; "" if it may."""
+    if record == kept:
+        return ""
+    if record["status"] == "failed":
+        return "failed"
+    if kept["data"]["hash"] != record["data"]["hash"]:
+        return "is of other images or labels"
+    code = record["code"]
+    named = code["revision"] != "unknown" and not code["dirty"]  # else it may be any code
+    return "" if named and code == kept["code"] else f"is of {_code_words(record)}"
+
+
+def _code_words(record: Mapping[str, Any]) -> str:
+    """A record's code in words: revision 0123abc with changes."""
+    revision, dirty = (record["code"][name] for name in ("revision", "dirty"))
+    return f"revision {revision[:7]}" + " with changes" * dirty
 
 
 def load_records(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NONLOCAL', 'HEAD', 'RESNET', 'DUAL_ATTENTION', 'NAMES', 'UNUSED', 'NOT_RELEASED', 'nonlocal_names', 'their_name',
-           'stack_heads', 'translate', 'Release', 'recognise', 'read_release', 'release_plan', 'released_network',
-           'check_people', 'evaluate_release', 'release_record']
+           'stack_heads', 'translate', 'Release', 'recognise', 'read_release', 'release_plan', 'release_split',
+           'released_network', 'check_people', 'evaluate_release', 'release_record']
 
 # %% ../nbs/32_released.ipynb #1a173bf6
 import re
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .backbone import read_state
-from .core import digest, nearest, pick_device
+from .core import digest, fold_case, nearest, pick_device
 from .datasets import SOURCES
 from .evaluation import Scores, evaluate_trials, measures, summarise
 from .method import Method, create
@@ -213,11 +213,14 @@ def release_plan(
     method: str | None = None,  # where the file does not tell
     dataset: str | None = None,  # likewise
     root: str | None = None,  # the data set's folder; data/<name> if None
-    split: int | None = None,  # RegDB: of which split; from the file's name, or 1
+    split: int | None = None,  # RegDB: of which split, where the file does not tell
     out: Path | str | None = None,  # the run's folder; runs/<id> if None
     device: str = "auto",
 ) -> Plan:
-    """The plan of testing a checkpoint. ValueError if method or data are not known."""
+    """The plan of testing a checkpoint.
+
+    Raises ValueError if method, data or, for RegDB, the split are not known.
+    """
     if method:
         nearest(method, release.methods, "method for this checkpoint")
     elif len(release.methods) > 1:
@@ -232,6 +235,9 @@ def release_plan(
             f"The name of {release.path.name} does not begin with a data set: say which it "
             f"was trained on, as --dataset regdb (known: {known})."
         )
+    dataset = nearest(fold_case(dataset, SOURCES), SOURCES, "dataset")
+    if SOURCES[dataset].layout == "regdb":
+        split = release_split(release, split)
     which = {"dataset": dataset, "method": method or release.methods[0], "preset": "paper"}
     how = {"root": root, "split": split or release.split or 1, "seed": release.seed}
     plan = make_plan(DEFAULTS | which | how | {"weights": "none", "device": device})
@@ -239,6 +245,28 @@ def release_plan(
     plan = replace(plan, recipe=replace(plan.recipe, weights=weights))
     folder = Path(out).expanduser() if out else plan.folder.parent / run_id(plan.parameters)
     return replace(plan, folder=folder)
+
+
+def release_split(
+    release: Release,
+    split: int | None,  # what was given
+) -> int:
+    """The split of RegDB that a checkpoint was trained on.
+
+    Raises ValueError if neither its name nor `split` tells, or if they differ.
+    """
+    told = {release.split, split} - {None}
+    if not told:
+        raise ValueError(
+            f"The name of {release.path.name} does not tell the split of RegDB, as trial_3 "
+            "does: say which it was trained on, as --split 3."
+        )
+    if len(told) > 1:
+        raise ValueError(
+            f"Checkpoint {release.path.name} is of split {release.split} by its name, and "
+            f"--split says {split}: leave --split out, or rename the file."
+        )
+    return told.pop()
 
 
 def released_network(release: Release, plan: Plan) -> Method:
@@ -253,7 +281,10 @@ def released_network(release: Release, plan: Plan) -> Method:
 
 # %% ../nbs/32_released.ipynb #65767f5d
 def check_people(release: Release, data: Data) -> None:
-    """Raise ValueError unless checkpoint and data set have as many people to train on."""
+    """Raise ValueError unless checkpoint and data set have as many people to train on.
+
+    All splits of RegDB have as many: these `release_split` tells apart.
+    """
     here = data.split.train.identity.nunique()
     if here != release.n_identities:
         raise ValueError(

@@ -24,7 +24,7 @@ from . import figures
 from .backbone import MODALITIES
 from .batches import decode, reason
 from .core import atomic_path, with_ending
-from .datasets import list_tree
+from .datasets import check_open, list_tree
 from .evaluation import cosine_distances
 from .method import check_modality
 from .trained import TrainedRun
@@ -46,10 +46,13 @@ def list_crops(
     A folder's name within it says more than `modality`, and that more than its own name
     or one above.
 
-    Raises FileNotFoundError if there is no image, ValueError if a modality is not known.
+    Raises FileNotFoundError if there is no image, PermissionError if a folder may not
+    be opened, ValueError if a modality is not known.
     """
     folder = Path(folder).expanduser()
-    paths = sorted(list_tree(folder).all_images())
+    listing = list_tree(folder)
+    check_open(listing)
+    paths = sorted(listing.all_images())
     if not paths:
         raise FileNotFoundError(
             f"There are no images in {folder}: give a folder of crops."
@@ -279,7 +282,8 @@ def save(self: Gallery, path: Path | str) -> Path:
     """Write the gallery, and whose features it holds, as one .npz; returns its path."""
     path = with_ending(path, ".npz")
     arrays = {
-        "run": self.run.record["id"], "folder": str(self.folder),
+        "run": self.run.record["id"], "weights": self.run.weights,
+        "folder": str(self.folder),
         "path": self.crops.path.to_numpy(str), "small": self.small,
         "modality": self.crops.modality.to_numpy(str),
         "features": self.features.numpy(),
@@ -293,8 +297,8 @@ def save(self: Gallery, path: Path | str) -> Path:
 def open(cls: Gallery, path: Path | str, run: TrainedRun) -> Gallery:
     """Open a saved gallery; no image is read.
 
-    Raises FileNotFoundError if there is none, ValueError if it is damaged or of
-    another run.
+    Raises FileNotFoundError if there is none, ValueError if it is damaged, of another
+    run, or of other weights.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -302,7 +306,8 @@ def open(cls: Gallery, path: Path | str, run: TrainedRun) -> Gallery:
     try:
         with np.load(path, allow_pickle=False) as file:
             held = {name: file[name] for name in file.files}
-        owner, folder = str(held["run"]), Path(str(held["folder"]))
+        owner, weights = str(held["run"]), str(held["weights"])
+        folder = Path(str(held["folder"]))
         crops = pd.DataFrame({name: held[name].tolist() for name in ("path", "modality")})
         features = torch.from_numpy(held["features"])
         small = held["small"]
@@ -312,6 +317,11 @@ def open(cls: Gallery, path: Path | str, run: TrainedRun) -> Gallery:
         raise ValueError(
             f"Gallery {path} was made with run {owner}, and this is run "
             f"{run.record['id']}: open it with its own run, or make it again."
+        )
+    if weights != run.weights:  # other images or another training, and the same id
+        raise ValueError(
+            f"Gallery {path} was made with other weights than run {owner} has here: "
+            "make it again."
         )
     return cls(run, folder, crops, features, small)
 

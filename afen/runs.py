@@ -10,7 +10,7 @@ __all__ = ['WHICH', 'CHANGES', 'HOW', 'SWITCHES', 'PARAMETERS', 'DEFAULTS', 'OTH
            'record_line', 'score', 'score_table', 'one_line', 'watched', 'summary_writer', 'tensorboard_log',
            'begin_record', 'end_record', 'save_weights', 'sealed_weights', 'are_intact', 'draw', 'draw_course',
            'draw_matches', 'ranked_images', 'check_machine', 'check_folder', 'last_record', 'fewer_epochs',
-           'sibling_words', 'carry_out', 'page_records', 'page_scores', 'page_curves', 'typed', 'main',
+           'sibling_words', 'carry_out', 'page_records', 'page_scores', 'page_curves', 'typed', 'literal', 'main',
            'injected_parameters']
 
 # %% ../nbs/25_runs.ipynb #59e2a2e5
@@ -651,6 +651,7 @@ def begin_record(plan: Plan, data: Data) -> dict[str, Any]:
 # %% ../nbs/25_runs.ipynb #08ef8c1f
 import math
 
+from .core import device_name
 from .ranks import processes
 from .people import POCKET_SETS
 from .records import OVER, machine, rounded_rows, run_status, score_entry
@@ -668,7 +669,8 @@ def end_record(
     entries = {s: _entry(s, each, split) for s, each in scores.items()}
     if record["status"] != "failed":
         if not _same_means(entries, record["scores"]):
-            print("warning: scored again, it differs from its record: other code or torch?")
+            why = _why_differs(record["machine"], run)
+            print(f"warning: scored again, it differs from its record: {why}")
         return plan.folder / "record.json"
     reduced = (*plan.changed, *data.departures)
     status = run_status(p["dataset"], p["preset"], data.rendered, reduced)
@@ -681,6 +683,15 @@ def end_record(
         "machine": machine(run.device, seconds, run.words) | {"processes": processes()},
     }
     return write_record(record, plan.folder)
+
+
+def _why_differs(machine: Mapping[str, Any], run: Run) -> str:
+    """What may be why a run scores otherwise than on the machine of its record."""
+    there = machine["device"], machine["precision"]
+    here = device_name(run.device), run.words
+    if there == here:
+        return "other code or torch?"
+    return f"it was made on {', '.join(there)}, and this is {', '.join(here)}"
 
 
 def _same_means(scores: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
@@ -716,18 +727,23 @@ import json
 from safetensors.torch import save
 
 from .core import atomic_path
+from .records import read_record
 from .training import path_before
 
 
 def save_weights(method: Method, folder: Path, run: str) -> Path:
     """Write the method's weights as safetensors, with the run's name and a checksum inside.
 
-    Equal weights give equal files. The checkpoints have done their work and go.
+    And with the hash of the images, if the folder has a record. Equal weights of equal
+    images give equal files. The checkpoints have done their work and go.
     """
-    path = folder / "weights.safetensors"
+    path, record = folder / "weights.safetensors", folder / "record.json"
+    about = {"run": run, "method": method.name}
+    if record.exists():
+        about["images"] = read_record(record)["data"]["hash"]
     state = {k: v.detach().cpu().contiguous() for k, v in method.state_dict().items()}
     with atomic_path(path) as draft:
-        draft.write_bytes(sealed_weights(state, {"run": run, "method": method.name}))
+        draft.write_bytes(sealed_weights(state, about))
     for checkpoint in (folder / "checkpoint.pt", path_before(folder / "checkpoint.pt")):
         checkpoint.unlink(missing_ok=True)
     remove_drafts(folder)
@@ -851,9 +867,7 @@ def _caption(name: str, plan: Plan, setting: str) -> str:
     return f"{figures.CAPTIONS[name]} ({about}{where}.)"
 
 # %% ../nbs/25_runs.ipynb #e6b0c1d6
-import tempfile
-
-from .core import short_path
+from .core import check_writable, short_path
 from .ranks import check_processes, processes
 from .records import read_record
 from .training import check_chunk, check_compiler, check_precision
@@ -878,16 +892,7 @@ def check_machine(plan: Plan) -> None:
 # %% ../nbs/25_runs.ipynb #9b0e21d9
 def check_folder(plan: Plan) -> None:
     """Raise OSError if the run's folder cannot be written, ValueError if it is another's."""
-    above = (plan.folder, *plan.folder.absolute().parents)
-    try:
-        place = next(folder for folder in above if folder.exists())
-        tempfile.TemporaryFile(dir=place).close()
-        os.path.realpath(plan.folder)  # refuses what no path can hold
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"Folder {short_path(plan.folder):.200} cannot be written "
-            f"({getattr(error, 'strerror', error)}): use another -p out."
-        ) from None
+    check_writable(plan.folder, "use another -p out")
     last = last_record(plan)
     if last and last["id"] != run_id(plan.parameters):
         why = fewer_epochs(last, plan)
@@ -1018,22 +1023,36 @@ from collections.abc import Sequence
 from .ranks import together
 
 
-def typed(word: str) -> Any:
-    """A parameter's value as Python reads it; what is no literal is text."""
-    try:
-        return ast.literal_eval(word)
-    except (ValueError, SyntaxError):
-        return word
+def typed(name: str, word: str) -> Any:
+    """A parameter's value, read by its kind. Raises ValueError for what is no mapping."""
+    parameter = PARAMETERS.get(name, Parameter(str))
+    if parameter.kind is str:
+        return None if parameter.optional and word == "None" else word
+    value = literal(word)
+    if parameter.kind is dict and not isinstance(value, dict):
+        raise ValueError(
+            f"Parameter {name} is {word!r:.200}: it must be a mapping, for example "
+            f"-p {name} '{{\"fem_after\": \"layer3\"}}'."
+        )
+    return value
+
+
+def literal(word: str) -> Any:
+    """A value as Python writes it, or JSON; what is neither is text."""
+    for read in (ast.literal_eval, json.loads):
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return read(word)
+    return word
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Train, score and draw one run, with the parameters of nbs/train.ipynb."""
     parser = argparse.ArgumentParser(prog="python -m afen.runs", description=main.__doc__)
     pair = {"nargs": 2, "action": "append", "metavar": ("NAME", "VALUE"), "default": []}
-    parser.add_argument("-p", dest="given", help="a parameter", **pair)
-    given = {name: typed(value) for name, value in parser.parse_args(words).given}
+    parser.add_argument("-p", "-r", dest="given", help="a parameter", **pair)
+    pairs = parser.parse_args(words).given
     try:
-        plan = make_plan(DEFAULTS | given)
+        plan = make_plan(DEFAULTS | {name: typed(name, word) for name, word in pairs})
         with together(pick_device(plan.given["device"])):
             carry_out(plan, progress=True)
             if is_first():

@@ -288,6 +288,8 @@ def outcome(table: pd.DataFrame) -> str:
     against = (rows == "not reproduced").sum()
     if against:
         return f"[not Re] contradicted: {against} of {len(rows)} rows"
+    if (rows == "not run").all():
+        return "not run"
     return "undecided: no row is contradicted, and not all are reproduced"
 
 # %% ../nbs/23_tables.ipynb #7b39f41e
@@ -752,8 +754,10 @@ def state_block(
     frame = pd.DataFrame({"": list(sides[0]), "real data": sides[0].values()})
     frame["rendered data (smoke)"] = sides[1].values()
     why = "; ".join(missing_reasons(table))
+    came = outcome(table)
     not_run = f" Not run: {why}." if why else ""
-    summary = f"Outcome of Table 1: {outcome(table)}.{not_run}"
+    said = f"not run: {why}." if came == "not run" else f"{came}.{not_run}"
+    summary = f"Outcome of Table 1: {said}"
     return f"{listed}\n{summary}\n\n{markdown(frame)}".lstrip()
 
 

@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,6 +45,7 @@ from afen.batches import (
 )
 from afen.core import (
     atomic_path,
+    device_name,
     digest,
     keyed_rng,
     nearest,
@@ -58,6 +59,7 @@ from .method import Method, Recipe, check_modality
 from afen.ranks import (
     average_gradients,
     check_processes,
+    gather_rows,
     is_first,
     processes,
     synchronise,
@@ -466,7 +468,7 @@ def save_checkpoint(path: Path, **state: Any) -> None:
     last = path_before(path)
     try:
         with atomic_path(path) as draft:
-            torch.save(state | {"circumstances": circumstances()}, draft)
+            torch.save(state, draft)
             append_checksum(draft)
             if state.get("epoch", 1) == 1:  # what is there is of another training
                 last.unlink(missing_ok=True)
@@ -494,24 +496,29 @@ def append_checksum(path: Path) -> None:
         file.write(checksum.to_bytes(4, "little"))
 
 # %% ../nbs/21_training.ipynb #85b4f5d0
-def circumstances() -> dict[str, str]:
+def circumstances(device: torch.device, compiled: bool) -> dict[str, str]:
     """What besides parameters and images decides the last digits of a training."""
     sources = sorted(Path(afen.__file__).parent.rglob("*.py"))
     return {
         "code": digest(*sources)[:8],
         "torch": str(torch.__version__),
+        "device": device_name(device),
+        "compile": str(compiled),
         "threads": str(torch.get_num_threads()),
         "processes": str(processes()),
     }
 
 
-def changed_circumstances(before: dict[str, str]) -> list[str]:
-    """A sentence for each circumstance that is no longer what it was."""
+def changed_circumstances(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """A sentence for each circumstance that is no longer what it was.
+
+    Of one that an older checkpoint does not have nothing is known, and nothing said.
+    """
     return [
-        f"{name} was {before.get(name)} and is {value} since: the end differs from that "
-        "of a run in one go"
-        for name, value in circumstances().items()
-        if before.get(name) != value
+        f"{name} was {before[name]} and is {value} since: the end differs from that of a "
+        "run in one go"
+        for name, value in now.items()
+        if name in before and before[name] != value
     ]
 
 # %% ../nbs/21_training.ipynb #bd1e4887
@@ -523,6 +530,7 @@ def last_whole(path: Path) -> Path | None:
 def load_checkpoint(
     path: Path,
     key: str,  # the parameters' hash, which must be the checkpoint's
+    now: Mapping[str, str] = {},  # circumstances, to be compared with the checkpoint's
 ) -> dict[str, Any]:
     """Read a checkpoint without running code from it; of two, the last that is whole.
 
@@ -541,7 +549,7 @@ def load_checkpoint(
             f"Checkpoint {path} was written with other parameters or on other images: "
             "use -p resume False to start again, or another -p out."
         )
-    sentences = changed_circumstances(state.pop("circumstances"))
+    sentences = changed_circumstances(state.get("circumstances", {}), now)
     if whole != path:
         sentences.append(f"checkpoint {path.name} is damaged or gone: the one before is used")
     state["warnings"] = state.get("warnings", [])
@@ -618,6 +626,7 @@ class Run:
         check_processes(processes(), method.recipe.identities, chunk, compiled)
         prepare_device(device)
         self.chunk, self.compiled = chunk, compiled
+        self.circumstances = circumstances(device, compiled)
         self.watch: tuple[int, Callable[[], dict[str, float]]] | None = None
         self.log: Callable[[dict[str, float]], None] | None = None  # given each epoch's row
         self.table, self.packed, self.seed, self.device = table, packed, seed, device
@@ -630,13 +639,16 @@ class Run:
         if compiled:
             compile_method(self.method)
         self.folder, self.key, self.epoch = folder, key, 0
+        self.seconds = 0.0  # of a step; 0 is not known
         self.rows: list[dict[str, float]] = []
         self.warnings: list[str] = []
         saved = self._saved() if resume else None
         if saved:
             self._restore(saved)
         synchronise(self.method)
-        if not (saved or finished):
+        unknown = torch.tensor([float(not self.seconds)], device=device)
+        left = not finished and self.epoch < method.recipe.epochs
+        if left and gather_rows(unknown).any():  # all processes measure, or none
             self.seconds = self.measure()
 
 # %% ../nbs/21_training.ipynb #b90672c0
@@ -838,7 +850,7 @@ def _save(self: Run) -> None:
         return
     with atomic_path(self.folder / "metrics.csv") as draft:
         pd.DataFrame(self.rows).to_csv(draft, index=False)
-    names = ("key", "epoch", "rows", "warnings", "seconds", "scale")
+    names = ("key", "epoch", "rows", "warnings", "seconds", "scale", "circumstances")
     save_checkpoint(
         self.folder / "checkpoint.pt",
         method=self.method.state_dict(),
@@ -854,7 +866,7 @@ def _saved(self: Run) -> dict[str, Any] | None:
         return None
     path = self.folder / "checkpoint.pt"
     there = path.exists() or path_before(path).exists()
-    return load_checkpoint(path, self.key) if there else None
+    return load_checkpoint(path, self.key, self.circumstances) if there else None
 
 
 @patch
@@ -870,6 +882,8 @@ def _restore(self: Run, state: dict[str, Any]) -> None:
             "Use the code that wrote it, or -p resume False to start again."
         ) from error
     self.optimiser.load_state_dict(state.pop("optimiser"))
+    if changed_circumstances(state.pop("circumstances", {}), self.circumstances):
+        del state["seconds"]  # they were of another machine, or of other code
     for name, value in state.items():
         setattr(self, name, value)
 

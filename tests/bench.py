@@ -35,10 +35,10 @@ from torchvision import transforms
 
 from afen import augment
 from afen.batches import Batch
-from afen.core import atomic_path, keyed_rng, project_root, torch_generator
+from afen.core import atomic_path, cpu_name, keyed_rng, project_root, torch_generator
 from afen.evaluation import RANKS, Scores, evaluate, evaluate_naive
 from afen.method import Method, Recipe, create, method_class
-from afen.records import code_revision, cpu_name, package_versions
+from afen.records import code_revision, package_versions
 from afen.training import make_optimiser, train_step
 
 Run = Callable[[], object]

@@ -13,7 +13,8 @@ from datetime import datetime, timezone
 from importlib import import_module
 from pathlib import Path
 
-from afen.records import code_revision, cpu_name, package_versions
+from afen.core import cpu_name
+from afen.records import code_revision, package_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "data" / "records" / "trust"

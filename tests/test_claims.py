@@ -145,8 +145,8 @@ NOTHING = dict.fromkeys(EMPTY, ())
 
 @pytest.mark.parametrize("measure", [
     claims.corruption_cost, claims.drift_ratio("all"), claims.least_share, claims.least_step,
-    claims.kept_power, claims.separation, claims.gap_closed, claims.final_gap,
-    claims.confusion, claims.above_fifth, claims.above_wrt, claims.transfer_map,
+    claims.kept_power, claims.higher("R", "F"), claims.gap_closed, claims.final_gap,
+    claims.confusion, claims.above_fifth("positive"), claims.above_wrt("anchor"), claims.transfer_map,
     claims.map_change("FEM"),
 ])  # fmt: skip
 def test_a_measure_of_nothing_is_not_a_number(measure):
@@ -203,10 +203,10 @@ def sides(records, probes=()):
 
 
 @pytest.mark.parametrize("gains, said", [
-    ((1, 2, 3), "+2.0 on pocket-regdb (−0.5 to +4.5, 3 trunks: undecided);"),
-    ((9.9, 10, 10.1), "to +10.2, 3 trunks: better);"),
-    ((-9.9, -10, -10.1), "to −9.8, 3 trunks: worse);"),
-    ((0.02, 0.01, -0.02), ": less than 1 point);"),
+    ((1, 2, 3), "+2.0 on pocket-regdb (−0.5 to +4.5, 3 trunks: inconclusive);"),
+    ((9.9, 10, 10.1), "to +10.2, 3 trunks: supported);"),
+    ((-9.9, -10, -10.1), "to −9.8, 3 trunks: contradicted);"),
+    ((0.02, 0.01, -0.02), ": no effect of size);"),
     ((4,), "+4.0 on pocket-regdb (n = 1, no interval);"),
     ((), "Rendered people: not run."),
 ])  # fmt: skip
@@ -221,7 +221,7 @@ def test_afen_against_the_base_in_a_sentence():
     kept = cells_with_gains(grid.CORE, grid.FULL, "base", (1.5, 1.4, 1.6, 1.5, 1.7, 1.3))
     sentence = claims.comparison_finding(sides(kept))
     assert "AFEN minus CAJ is not run; AFEN minus the base is +1.5 on pocket-regdb" in sentence
-    assert ", 6 trunks: better); " in sentence
+    assert ", 6 trunks: supported); " in sentence
 
 
 def test_real_data_are_repeated_by_splits_or_seeds():

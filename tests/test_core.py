@@ -1,12 +1,14 @@
-"""What is said of a name that is not known, and which spellings are taken."""
+"""What is said of a name that is not known, which spellings are taken, whose files go."""
+
+import os
 
 import pytest
 
-from afen.core import closest, fold_case, nearest, pick_device
+from afen.core import check_writable, closest, fold_case, nearest, pick_device, remove_drafts
 from afen.datasets import NAMES
 from afen.grid import METHODS
 from afen.method import method_class
-from afen.runs import DEFAULTS, PARAMETERS, make_plan
+from afen.runs import DEFAULTS, PARAMETERS, main, make_plan, typed
 
 
 @pytest.mark.parametrize(
@@ -93,3 +95,62 @@ def test_capitals_alone_are_no_other_option():
 def test_a_wrong_switch_or_value_is_refused_in_a_plan(wrong, sentence):
     with pytest.raises(ValueError, match=sentence):
         make_plan(DEFAULTS | wrong)
+
+
+@pytest.mark.parametrize(
+    "name, word, value",
+    [
+        ("out", "2024", "2024"),
+        ("weights", "1e5", "1e5"),
+        ("root", "None", None),
+        ("device", "None", "None"),  # which may not be None
+        ("epochs", "None", None),
+        ("epochs", "3", 3),
+        ("flip", "true", True),
+        ("flip", "False", False),
+        ("options", '{"stable": true, "mecs": null}', {"stable": True, "mecs": None}),
+        ("options", "{'stable': True}", {"stable": True}),
+        ("seed", "(" * 10_000, "(" * 10_000),
+        ("seed", "{[]:1}", "{[]:1}"),
+        ("colour", "3", "3"),
+    ],
+)
+def test_a_word_is_read_by_the_kind_of_its_parameter(name, word, value):
+    assert typed(name, word) == value and type(typed(name, word)) is type(value)
+
+
+@pytest.mark.parametrize("word", ["{[]:1}", "3", "stable", "[" * 10_000])
+def test_what_is_no_mapping_is_told_how_to_write_one(word):
+    with pytest.raises(SystemExit, match="options is .*it must be a mapping") as caught:
+        main(["-p", "options", word])
+    example = str(caught.value).partition("for example -p options '")[2].removesuffix("'.")
+    assert typed("options", example) == {"fem_after": "layer3"}
+
+
+def test_text_may_be_given_as_papermill_has_it(tmp_path):
+    for option in ("-p", "-r"):
+        with pytest.raises(SystemExit, match="Unknown method '2024'"):
+            main(["-p", "epochs", "1", option, "method", "2024"])
+
+
+def test_no_file_of_somebody_else_is_a_draft(tmp_path):
+    mine = [".backup.20240131", ".git/objects/.tmp.0123abcd", "figures/.old.0123abcd.svg"]
+    mine += ["other/run/.checkpoint.afen-0123abcd.pt"]  # whose run may be under way
+    drafts = [".checkpoint.afen-0123abcd.pt", "figures/.smoke_cmc.afen-89abcdef.svg"]
+    for name in mine + drafts:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+        os.utime(path, (0, 0))
+    removed = remove_drafts(tmp_path)
+    assert {path.relative_to(tmp_path).as_posix() for path in removed} == set(drafts)
+    assert all((tmp_path / name).exists() for name in mine)
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    check_writable(tmp_path / "to" / "be made", "use another -o")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for wrong in (tmp_path / "file" / "deeper", tmp_path / "file", tmp_path / "a\0b"):
+        with pytest.raises(OSError, match=r"cannot be written \(.+\): use another -o\."):
+            check_writable(wrong, "use another -o")

@@ -13,6 +13,7 @@ from afen.core import seed_everything, torch_generator
 from afen.datasets import load, with_noise
 from afen.losses import identity_loss
 from afen.method import Recipe, create
+from afen.methods import dart
 from afen.methods.dart import (
     DART,
     adaptive_quadruplet,
@@ -142,6 +143,22 @@ def test_judging_is_of_every_row_and_needs_no_gradient(method):
     assert (method.confidence[:, :2, 6:] == 0).all()
     assert (method.confidence[:, 2, :6] == 0).all()
     assert all(p.grad is None for p in method.parameters())
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_loss_that_is_no_number_ends_the_look(method, value, monkeypatch):
+    """Else inf ends in scikit-learn's words, and nan is taken for no view."""
+    looked = dart.view_losses
+
+    def diverged(network, batch):
+        losses = looked(network, batch)
+        losses[2, 1] = value
+        return losses
+
+    monkeypatch.setattr(dart, "view_losses", diverged)
+    sentence = f"identity loss became {value} in epoch 1, computed in float32: lower .*-p lr"
+    with pytest.raises(FloatingPointError, match=sentence):
+        method.begin_epoch(1, [noise_batch(0, draws=1)])
 
 
 def test_the_warm_up_judges_nothing(method):

@@ -4,6 +4,7 @@ import random
 import shutil
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -1143,8 +1144,9 @@ def test_a_folder_that_may_not_be_opened(folder, monkeypatch):
         return scandir(place)
 
     monkeypatch.setattr(datasets.os, "scandir", refuse)
-    with pytest.raises(PermissionError, match="visible/bo may not be opened"):
-        load("folder", folder)
+    for read in (partial(load, "folder"), list_folder):
+        with pytest.raises(PermissionError, match="visible/bo may not be opened"):
+            read(folder)
     report = verify("folder", folder).set_index("what")
     assert report.note["folders that may not be opened"] == "visible/bo"
 

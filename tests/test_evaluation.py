@@ -226,6 +226,10 @@ OUTSIDE = [
     ("Distances are complex128", {"distances": SQUARE * 1j}),
     ("Distances are bool", {"distances": SQUARE > 0}),
     ("Distances are object", {"distances": SQUARE.astype(object)}),
+    ("have 9223372036854775808, which", {"query_ids": np.array([2**63, 1], np.uint64)}),
+    ("query identities have 18446744073709551616, which", {"query_ids": [2**64, 1]}),
+    ("numbers below 2**53", {"gallery_ids": [1, 2.0**53]}),
+    ("numbers below 2**24", {"gallery_ids": np.array([1, 2**24], np.float32)}),
     ("loses its mask", {"distances": np.ma.masked_equal(SQUARE, 0)}),
     ("loses its mask", {"gallery_ids": np.ma.masked_equal([1, 2], 2)}),
 ]
@@ -252,6 +256,17 @@ def test_cameras_of_every_kind_of_number_hide(kind):
 def test_identities_may_be_text(make):
     scores = evaluate([[0, 1], [0, 1]], make(["a", "b"]), ["a", "b"])
     assert scores.mAP == 0.75 and scores.n_dropped == 0
+
+
+BIG = 2**60  # as floats, it and its neighbours are one
+
+
+@pytest.mark.parametrize("kinds", [("uint64", "int64"), ("int64", "uint64"), ("O", "uint64")])
+def test_large_identities_of_two_kinds_stay_apart(kinds):
+    query, gallery = map(np.array, ([BIG], [BIG + 1, BIG]), kinds)
+    scores = evaluate([[0.1, 0.2]], query, gallery)
+    assert scores.rank(1) == 0 and scores.mAP == 0.5
+    assert evaluate([[0.1, 0.2]], [7.0], np.array([8, 7], np.uint64)).mAP == 0.5
 
 
 def test_a_list_without_a_match_has_no_precision():

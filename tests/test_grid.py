@@ -11,9 +11,9 @@ import yaml
 from papermill.cli import _resolve_type
 
 from afen import grid
-from afen.backbone import count_parameters
+from afen.backbone import count_parameters, trunk_files
 from afen.method import create, method_names
-from afen.records import run_id
+from afen.records import load_records, run_id
 from afen.runs import DEFAULTS, make_plan
 from afen.tables import published
 from afen.verdicts import effect
@@ -44,6 +44,35 @@ def test_cells_of_a_group_are_different_runs(group):
             ids.setdefault(job.id, []).append(job.label)
     assert [labels for labels in ids.values() if len(labels) > 1] == []
     assert len(ids) == len(group.cells) >= 2
+
+
+@pytest.fixture(scope="module")
+def kept():
+    """The grid's cells of both pocket sets, with the kept records' scores."""
+    records = load_records()
+    sets = [name for name, _ in grid.PRESETS["pocket"].sets.values()]
+    parts = [
+        grid.results(study, name, records).assign(dataset=name)
+        for study in grid.STUDIES for name in sets
+    ]  # fmt: skip
+    return pd.concat(parts, ignore_index=True)
+
+
+@pytest.mark.parametrize("group", grid.GRID, ids=lambda group: group.name)
+def test_no_kept_comparison_is_of_a_run_with_itself(group, kept):
+    """A change that changes nothing, under a name of its own, would be "no effect of size"."""
+    for dataset, points in grid.run_points(kept, group).groupby(level="dataset"):
+        for label, reference in group.comparisons():
+            apart = (points[label] - points[reference]).dropna()
+            assert apart.empty or (apart != 0).any(), (dataset, label)
+
+
+def test_seeds_that_share_a_trunk_are_one_number(kept):
+    rows = grid.group_verdicts(kept, grid.ROWS).set_index(["dataset", "label"])
+    seeds = len(grid.PRESETS["pocket"].seeds_of(grid.ROWS))
+    assert (rows.n.drop("pmt", level="label") == seeds).all()
+    assert (rows.n.xs("pmt", level="label") == len(trunk_files("vit"))).all()
+    assert len(trunk_files("vit")) < seeds
 
 
 def first_seed(group):

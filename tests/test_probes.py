@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from afen import people, probes
+from afen import grid, people, probes
 from afen.batches import PackedImages, pack
 from afen.core import torch_generator
 from afen.corruptions import is_installed
@@ -20,12 +20,21 @@ from afen.losses import pairwise_distances
 from afen.method import POCKET_RECIPE, create, method_class, method_names
 from afen.methods.agw import AGW
 from afen.people import write_tree
+from afen.records import load_records
 from afen.runs import DEFAULTS, carry_out, make_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_package = pytest.mark.skipif(
     not is_installed(), reason="imagecorruptions-imaug is not installed"
 )
+
+
+def test_every_kept_run_with_a_module_or_its_base_has_a_probe():
+    studies = ("choice", "ablation", "start")
+    asked = {j.id for j in grid.jobs("pocket", studies) if j.parameters["method"] == "afen"}
+    probed = {probe["run"] for probe in probes.load_probes()}
+    kept = {record["id"] for record in load_records()} & asked
+    assert kept - probed == set()
 
 
 @pytest.fixture(scope="module")

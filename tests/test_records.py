@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from afen.core import digest
+from afen.core import cpu_name, digest
 from afen.probes import load_probes, probes_folder
 from afen.records import (
     check_record,
-    cpu_name,
     fingerprint,
     keep_record,
     load_records,
@@ -110,6 +109,63 @@ def test_every_kept_record_is_checked_and_under_its_name(tmp_path):
     path.write_text(json.dumps(record | {"reason": "made better"}))
     with pytest.raises(ValueError, match="was changed after it was written"):
         load_records(tmp_path)
+
+
+CODE = {"revision": "a" * 40, "dirty": False}
+UNKNOWN = {"revision": "unknown", "dirty": False}
+
+
+def left(folder, **changes):
+    """A run's folder with a finished record of committed code, or with changes."""
+    folder.mkdir(exist_ok=True)
+    record = next(iter(RECORDS.values())) | {"code": CODE} | changes
+    (folder / "record.json").write_text(json.dumps(sealed(record)))
+    return folder
+
+
+FAILED = {"status": "failed", "reason": "did not finish", "scores": {}}
+IMAGES = {"data": next(iter(RECORDS.values()))["data"] | {"hash": "2-0"}}
+REFUSED = {  # what is kept, what comes, why it stays out
+    "other revision": ({}, {"code": CODE | {"revision": "b" * 40}}, "is of revision bbbbbbb:"),
+    "changed code": ({}, {"code": CODE | {"dirty": True}}, "aaaaaaa with changes:"),
+    "both changed": ({"code": CODE | {"dirty": True}},) * 2 + ("aaaaaaa with changes:",),
+    "unknown code": ({"code": UNKNOWN}, {"code": UNKNOWN}, "is of revision unknown:"),
+    "other images": ({}, IMAGES, "is of other images or labels:"),
+    "failed": ({}, FAILED, "and this one failed:"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_finished_record_is_not_replaced_by_another(tmp_path, case):
+    before, after, why = REFUSED[case]
+    path = keep_record(left(tmp_path / "run", **before), tmp_path / "kept")
+    kept = path.read_bytes()
+    again = left(tmp_path / "run", started="2030-01-01T00:00:00+00:00", **after)
+    with pytest.raises(ValueError, match=why) as caught:
+        keep_record(again, tmp_path / "kept")
+    assert "delete" in str(caught.value) and str(caught.value).count(". ") == 0
+    assert path.read_bytes() == kept
+
+
+REPLACED = {  # what is kept, what comes
+    "the same run again": ({}, {}),
+    "after a failure": (FAILED, {"code": CODE | {"dirty": True}}),
+    "another failure": (FAILED, FAILED | {"code": UNKNOWN}),
+}
+
+
+@pytest.mark.parametrize("case", REPLACED)
+def test_the_same_run_again_and_what_follows_a_failure_are_kept(tmp_path, case):
+    before, after = REPLACED[case]
+    path = keep_record(left(tmp_path / "run", **before), tmp_path / "kept")
+    again = left(tmp_path / "run", started="2030-01-01T00:00:00+00:00", **after)
+    assert keep_record(again, tmp_path / "kept") == path
+    assert path.read_bytes() == (again / "record.json").read_bytes()
+
+
+def test_one_record_may_be_kept_twice_whatever_code_it_is_of(tmp_path):
+    run = left(tmp_path / "run", code=CODE | {"dirty": True})
+    assert keep_record(run, tmp_path / "kept") == keep_record(run, tmp_path / "kept")
 
 
 def test_the_machine_names_its_cpu(tmp_path, monkeypatch):

@@ -211,6 +211,47 @@ def save_scores(path, core):
             new.writestr(name, content)
 
 
+NAMED, NAMELESS = "regdb_agw_trial_3_best.t", "regdb_agw_best.t"
+
+
+@pytest.mark.parametrize(
+    "name, given, split",
+    [(NAMED, None, 3), (NAMED, 3, 3), (NAMELESS, 7, 7)],
+)
+@pytest.mark.parametrize("dataset", ["regdb", "RegDB", "pocket-regdb"])
+def test_name_or_option_tells_the_split(tmp_path, dataset, name, given, split):
+    torch.save(AGW, tmp_path / name)
+    release = released.read_release(tmp_path / name)
+    plan = released.release_plan(release, dataset=dataset, split=given, device="cpu")
+    assert plan.given["split"] == split
+
+
+@pytest.mark.parametrize(
+    "name, given, sentence",
+    [
+        (NAMELESS, None, "name of regdb_agw_best.t does not tell the split of RegDB"),
+        (NAMED, 1, "of split 3 by its name, and --split says 1"),
+        (NAMED, 0, "of split 3 by its name, and --split says 0"),
+    ],
+)
+def test_no_network_is_tested_on_people_that_it_may_have_trained_on(
+    tmp_path, name, given, sentence
+):
+    torch.save(AGW, tmp_path / name)
+    release = released.read_release(tmp_path / name)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        released.release_plan(release, split=given, device="cpu")
+    assert "\n" not in str(caught.value) and str(caught.value).count(". ") == 0
+
+
+def test_a_data_set_of_one_split_needs_none_and_a_wrong_name_is_told(tmp_path):
+    torch.save(AGW, tmp_path / "sysu_agw_best.t")
+    release = released.read_release(tmp_path / "sysu_agw_best.t")
+    assert released.release_plan(release, device="cpu").given["split"] == 1
+    with pytest.raises(ValueError, match="did you mean 'regdb'"):
+        released.release_plan(release, dataset="regbd")
+
+
 @pytest.mark.parametrize("core", ["core", "_core"])  # NumPy 1 and 2
 def test_scores_of_either_numpy_do_not_keep_a_file_from_being_read(tmp_path, core):
     save_scores(tmp_path / "regdb_agw_best.t", core)

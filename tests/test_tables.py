@@ -295,6 +295,7 @@ def test_one_contradicted_cell_contradicts_its_row(record):
     assert rows["CAJ"] == "not reproduced" and (rows.drop("CAJ") == "not run").all()
     assert outcome(table) == "[not Re] contradicted: 1 of 8 rows"
     assert outcome(table1(ten(record, paper, method="caj")[:9])).startswith("undecided")
+    assert outcome(table1([])) == "not run"
 
 
 # ---------------------------------------------------------------- forms
@@ -524,7 +525,7 @@ def test_the_state_counts_real_and_rendered_runs_apart(record):
     block = tables.state_block(runs, PLANNED, ["One.", "Two."])
     assert block.startswith("* One.\n* Two.\n\nOutcome of Table 1: [not Re]")
     assert "| finished runs | 10 | 1 |\n| failed runs | 1 | 0 |" in block
-    assert tables.state_block([], PLANNED).startswith("Outcome of Table 1: undecided")
+    assert tables.state_block([], PLANNED).startswith("Outcome of Table 1: not run: no access")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from afen import trained
@@ -15,7 +16,7 @@ from afen.datasets import list_folder
 from afen.evaluation import average, evaluate_trials
 from afen.method import POCKET_RECIPE, create, method_class, method_names
 from afen.people import write_tree
-from afen.records import fingerprint
+from afen.records import fingerprint, read_record
 from afen.runs import DEFAULTS, carry_out, make_plan
 
 SIZE = {"n_train": 4, "n_test": 3, "n_images": 2, "size": (48, 24)}
@@ -125,6 +126,29 @@ def test_weights_of_another_run_are_refused(copy):
     spoil(copy, load_file(copy / "weights.safetensors"), "another")
     with pytest.raises(ValueError, match="belong to run another.*do not move files"):
         trained.open_run(copy)
+
+
+def test_weights_name_the_images_they_were_learned_from(copy):
+    """A run's name does not: `-p dataset folder` has one name for all photographs."""
+    path = copy / "weights.safetensors"
+    record = read_record(copy / "record.json")
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    assert about["images"] == record["data"]["hash"]
+    save_file(load_file(path), path, {"run": record["id"], "images": "2-others"})
+    with pytest.raises(ValueError, match="learned from other images.*do not move files"):
+        trained.open_run(copy)
+
+
+def test_the_hash_of_weights_is_that_of_the_numbers(run, copy):
+    """Neither the file's notes count nor the device or precision that it is used in."""
+    weights = load_file(copy / "weights.safetensors")
+    spoil(copy, weights)  # as an older file, which names no images
+    again = trained.open_run(copy, "cpu")
+    again.network.half()
+    assert again.weights == run.weights
+    spoil(copy, weights | {"head.neck.bias": weights["head.neck.bias"] + 1})
+    assert trained.open_run(copy, "cpu").weights != run.weights
 
 
 def test_missing_and_damaged_weights_are_refused(copy):

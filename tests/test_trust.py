@@ -201,13 +201,40 @@ def test_a_run_goes_on_from_the_epoch_before_a_damaged_checkpoint(tiny, tmp_path
 
 def test_other_code_torch_or_threads_since_are_said(tiny, tmp_path, monkeypatch):
     plan, data = stopped(tiny, tmp_path / "run", epochs=1)
-    now = training.circumstances()
-    others = {"code": "01234567", "torch": "9.9", "threads": "64", "processes": "8"}
-    assert now.keys() == others.keys()
-    monkeypatch.setattr(training, "circumstances", lambda: others)
+    now = training.circumstances(torch.device("cpu"), compiled=False)
+    others = {"code": "01234567", "torch": "9.9", "device": "cuda: H200", "compile": "True"}
+    others |= {"threads": "64", "processes": "8"}
+    assert [*now] == [*others]
+    monkeypatch.setattr(training, "circumstances", lambda *_: others)
     run = runs.start(plan, data)
     for (name, value), words in zip(now.items(), run.warnings, strict=True):
         assert f"{name} was {value} and is {others[name]} since" in words
+
+
+@pytest.mark.parametrize("changed, seconds", [({}, 1.5), ({"device": "cuda: H200"}, 9.0)])
+def test_a_step_is_timed_again_on_another_device(
+    tiny, tmp_path, monkeypatch, changed, seconds, capsys
+):
+    monkeypatch.setattr(training, "seconds_per_step", lambda *_: 1.5)
+    plan, data = stopped(tiny, tmp_path / "run", epochs=1)
+    now = training.circumstances(torch.device("cpu"), compiled=False)
+    monkeypatch.setattr(training, "circumstances", lambda *_: now | changed)
+    monkeypatch.setattr(training, "seconds_per_step", lambda *_: 9.0)
+    run = runs.start(plan, data)
+    assert run.seconds == seconds and len(run.warnings) == len(changed)
+    assert f"x {seconds:.2f} s" in capsys.readouterr().out
+
+
+def test_a_checkpoint_from_before_devices_were_noted_goes_on_in_silence(tiny, tmp_path):
+    plan, data = stopped(tiny, tmp_path / "run", epochs=1)
+    path = plan.folder / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    for name in ("device", "compile"):
+        del state["circumstances"][name]
+    save_checkpoint(path, **state)
+    run = runs.start(plan, data)
+    assert run.epoch == 1 and not run.warnings
+    assert run.circumstances == training.circumstances(torch.device("cpu"), compiled=False)
 
 
 def test_a_checkpoint_of_another_network_names_the_first_difference(tiny, tmp_path):
@@ -223,8 +250,8 @@ def test_a_checkpoint_of_another_network_names_the_first_difference(tiny, tmp_pa
 
 def test_drafts_of_killed_runs_are_removed(tiny, tmp_path):
     plan, data = in_folder(tiny, tmp_path / "run")
-    drafts = [".checkpoint.0123abcd.pt", "figures/.smoke_cmc.89abcdef.svg"]
-    kept = [".notes", ".mine.txt"]
+    drafts = [".checkpoint.afen-0123abcd.pt", "figures/.smoke_cmc.afen-89abcdef.svg"]
+    kept = [".notes", ".mine.txt", ".backup.20240131"]
     for name in drafts + kept:
         path = plan.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -250,6 +277,23 @@ def test_a_finished_run_is_opened_and_not_trained(tiny, finished, tmp_path, caps
     runs.carry_out(plan)
     assert {p: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
     assert runs.start(*in_folder(tiny, folder, resume=False)).epoch == 0
+
+
+@pytest.mark.parametrize("device, why", [
+    (None, "other code or torch?"),
+    ("cuda: H200", "it was made on cuda: H200, float32, and this is cpu: "),
+])  # fmt: skip
+def test_other_scores_of_a_finished_run_are_put_down_to_its_device(
+    tiny, finished, tmp_path, capsys, device, why
+):
+    plan, data = in_folder(tiny, shutil.copytree(finished, tmp_path / "run"))
+    record, run = runs.begin_record(plan, data), runs.start(plan, data)
+    record["machine"]["device"] = device or record["machine"]["device"]
+    for entry in record["scores"].values():
+        entry["mean"]["mAP"] += 0.1
+    capsys.readouterr()
+    runs.end_record(record, plan, data, run, runs.score(plan, data, run)[1])
+    assert f"it differs from its record: {why}" in capsys.readouterr().out
 
 
 def test_to_open_a_finished_run_no_step_is_taken(tiny, finished, tmp_path, monkeypatch):

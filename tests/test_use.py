@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 from afen import cli, export, retrieval
+from afen.core import digest
 from afen.evaluation import cosine_distances
 from afen.method import create
 from afen.people import write_tree
+from afen.records import read_record, run_id, write_record
 from afen.retrieval import Gallery, list_crops
 from afen.runs import DEFAULTS, carry_out, check_machine, make_plan
 from afen.trained import TrainedRun, open_run
@@ -304,18 +306,39 @@ def test_two_runs_are_compared(shelf, capsys):
     assert "nothing that is recorded" in text
 
 
-def test_trials_are_paired_on_the_same_images_only():
-    def record(values, images):
+def test_trials_are_paired_on_the_same_images_and_galleries_only():
+    def record(values, images, gallery="random", split=1, **sizes):
         each = [{"rank1": v} for v in values]
         entry = {"mean": {"rank1": np.mean(values)}, "each": each, "n": len(values)}
-        return {"data": {"hash": images}, "scores": {"all-single": entry}}
+        entry |= {"n_queries": 20, "n_gallery": 10} | sizes
+        parameters = {"split": split, "gallery": gallery}
+        return {
+            "data": {"hash": images}, "parameters": parameters, "scores": {"all-single": entry}
+        }  # fmt: skip
 
     one, two = record([0.1, 0.2, 0.3, 0.4], "a"), record([0.2, 0.3, 0.4, 0.5], "a")
     row = cli.paired_scores(one, two).iloc[0]
     assert row.trials == 4 and abs(row["std"]) < 1e-9
     np.testing.assert_allclose([row.difference, row.low, row.high], 10)
-    other = cli.paired_scores(one, record([0.5] * 4, "b")).iloc[0]
-    assert "trials" not in other and other.difference == pytest.approx(25)
+    others = [record([0.5] * 4, "b"), record([0.5] * 3, "a")]
+    for change in ({"gallery": "official"}, {"split": 2}, {"n_gallery": 9}, {"n_queries": 9}):
+        others.append(record([0.5] * 4, "a", **change))
+    for other in others:
+        row = cli.paired_scores(one, other).iloc[0]
+        assert "trials" not in row and row.difference == pytest.approx(25)
+
+
+def test_runs_on_other_galleries_are_compared_unpaired(shelf, tmp_path, capsys):
+    one, two = sorted(shelf.iterdir())
+    record = read_record(two / "record.json")
+    record["parameters"] |= {"gallery": "official"}
+    record["id"] = run_id(record["parameters"])
+    record["parameters_hash"] = digest(record["parameters"])
+    write_record(record, tmp_path)
+    _, text, _ = call(capsys, "compare", one, two)
+    assert "trials" in text and "not paired" not in text
+    code, text, _ = call(capsys, "compare", one, tmp_path)
+    assert code == 0 and "images or galleries are not the same ones" in text
 
 
 def test_a_copy_is_verified_and_the_exit_code_says_it(shelf, tmp_path, capsys):
@@ -347,6 +370,7 @@ def test_a_search_leaves_lines_a_table_and_a_picture(shelf, crops, tmp_path, cap
     run, queries = sorted(shelf.iterdir())[0], sorted((crops / "day").iterdir())[:2]
     saved = gallery.save(tmp_path / "night.npz")
     places = {"folder": (crops / "night", "--modality", "infrared"), "file": (saved,)}
+    places["capitals"] = (shutil.copy(saved, tmp_path / "night.NPZ"),)
     tables = []
     for name, place in places.items():
         words = ("search", run, *queries, "--gallery", *place, "-k", 3, "-o", tmp_path / name)
@@ -355,7 +379,8 @@ def test_a_search_leaves_lines_a_table_and_a_picture(shelf, crops, tmp_path, cap
         tables.append(pd.read_csv(tmp_path / f"{name}.csv"))
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert min(picture.size) > 200
-    pd.testing.assert_frame_equal(*tables)
+    for table in tables[1:]:
+        pd.testing.assert_frame_equal(tables[0], table)
     assert tables[0]["query"].unique().tolist() == [str(query) for query in queries]
     assert tables[0]["rank"].tolist() == [1, 2, 3] * 2
 
@@ -366,6 +391,31 @@ def test_a_network_is_exported_and_checked(shelf, tmp_path, capsys):
     assert code == 0 and text.count("departs from torch by") == 2
     about = export.open_export(tmp_path / "out" / "infrared.pt2").about
     assert (about["run"], about["modality"]) == (run.name, "infrared")
+
+
+@pytest.mark.parametrize("options, kinds", [
+    ([], ["onnx"]), (["--onnx"], ["onnx"]), (["--pt2"], ["pt2"]),
+    (["--pt2", "--onnx"], ["onnx", "pt2"]),
+])  # fmt: skip
+def test_every_kind_of_file_that_is_asked_for_is_written(
+    shelf, tmp_path, capsys, monkeypatch, options, kinds
+):
+    asked = []
+    monkeypatch.setattr(export, "export_run", lambda *given: asked.append(given[2]) or [])
+    code, _, _ = call(capsys, "export", sorted(shelf.iterdir())[0], *options, "-o", tmp_path)
+    assert code == 0 and asked == kinds
+
+
+@pytest.mark.parametrize("ending", ["", ".csv", ".png"])
+def test_a_folder_in_the_place_of_a_file_is_said_before_the_work(
+    shelf, crops, tmp_path, capsys, monkeypatch, ending
+):
+    monkeypatch.setattr(cli, "_open", None)  # nothing is opened
+    run, out = sorted(shelf.iterdir())[0], tmp_path / "found"
+    (tmp_path / f"found{ending or '.npz'}").mkdir()
+    words = ("search", run, "q.png", "--gallery", crops) if ending else ("embed", run, crops)
+    code, _, error = call(capsys, *words, "-o", out)
+    assert code == 2 and f"There is a folder {tmp_path}" in error
 
 
 @pytest.mark.parametrize(
@@ -381,6 +431,9 @@ def test_a_network_is_exported_and_checked(shelf, tmp_path, capsys):
           "-o", "{here}/s"], "There is no image no.png"),
         (["search", "{run}", "no.png", "--gallery", "{here}/g.npz"], "There is no gallery"),
         (["embed", "{run}", "{day}", "-o", "f", "--device", "tpu"], "Unknown device 'tpu'"),
+        (["embed", "{run}", "{here}", "-o", "{run}/record.json/f"], "record.json cannot be wr"),
+        (["search", "{run}", "no.png", "--gallery", "{here}", "-o", "{run}/record.json/f"],
+         "record.json cannot be written (Not a directory): use another -o."),
         (["convert", "{here}/nothing.t"], "nothing.t does not exist"),
     ],
 )  # fmt: skip

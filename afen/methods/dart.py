@@ -121,22 +121,39 @@ def view_losses(network: CAJ, batch: Any) -> Tensor:
 # %% ../../nbs/methods/dart.ipynb #f89c5803
 @torch.no_grad()
 def sweep_losses(
-    networks: Iterable[CAJ],
+    method: DART,
     sweep: Iterable[Any],  # batches of all training images
+    epoch: int,  # from 0
 ) -> tuple[np.ndarray, int]:
     """The loss of every view of every image, [2, 3, N], nan for no view; and a seed.
 
-    Of an image that comes twice, the last look counts.
+    Of an image that comes twice, the last look counts. Raises FloatingPointError when a
+    loss is not a finite number.
     """
     rows, losses = [], []
     for batch in sweep:
         rows.append(view_rows(batch))
-        losses.append(torch.stack([view_losses(n, batch) for n in networks]))
+        losses.append(torch.stack([view_losses(n, batch) for n in method.networks]))
         seed = batch.generator.initial_seed() % 2**32
     rows, losses = torch.cat(rows, 1).numpy(), torch.cat(losses, 2).cpu().numpy()
+    _check_finite(losses, method.recipe, epoch)  # before nan says that there is no view
     table = np.full((2, 3, rows.max() + 1), np.nan)
     table[:, np.arange(3)[:, None], rows] = losses
     return table, seed
+
+
+def _check_finite(losses: np.ndarray, recipe: Recipe, epoch: int) -> None:
+    """Raise FloatingPointError if a loss is not a finite number.
+
+    The words are those of `training.health`, of which methods import nothing.
+    """
+    wrong = losses[~np.isfinite(losses)]
+    if len(wrong):
+        raise FloatingPointError(
+            f"The identity loss became {wrong[0]} in epoch {epoch}, computed in "
+            f"{recipe.precision}: lower the learning rate (-p lr) or bound the "
+            "gradient (-p clip 5), which makes another recipe of it than the row's."
+        )
 
 # %% ../../nbs/methods/dart.ipynb #1be04e22
 @patch
@@ -145,7 +162,7 @@ def begin_epoch(self: DART, epoch: int, sweep: Iterable[Any]) -> None:
     if self.recipe.moment(epoch) == 0:
         return
     self.train()
-    losses, seed = sweep_losses(self.networks, sweep)
+    losses, seed = sweep_losses(self, sweep, epoch)
     sure = np.stack([confidences(table, seed) for table in losses])  # [2, 3, N]
     self.confidence = torch.from_numpy(sure).to(self.confidence)
 
