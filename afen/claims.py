@@ -1046,8 +1046,8 @@ def findings(
 ) -> list[str]:
     """What the companion found, in five lines; every number is computed.
 
-    Rows of Table 1, AFEN against CAJ and its base, the six claims, whether the modules
-    act, errata.
+    Rows of Table 1, AFEN against CAJ, its base and its control, the six claims, whether
+    the modules act, errata.
     """
     presets = {"rendered people": "pocket", "real data": "paper"}
     sides = {where: Evidence(p, records, probes) for where, p in presets.items()}

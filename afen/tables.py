@@ -288,9 +288,9 @@ def outcome(table: pd.DataFrame) -> str:
     against = (rows == "not reproduced").sum()
     if against:
         return f"[not Re] contradicted: {against} of {len(rows)} rows"
-    if (rows == "not run").all():
+    if (table["verdict"] == "not run").all():
         return "not run"
-    return "undecided: no row is contradicted, and not all are reproduced"
+    return "inconclusive: no row is contradicted, and not all are reproduced"
 
 # %% ../nbs/23_tables.ipynb #7b39f41e
 def number(value: float, decimals: int = 2) -> str:

@@ -294,7 +294,7 @@ def test_one_contradicted_cell_contradicts_its_row(record):
     rows = row_verdicts(table)
     assert rows["CAJ"] == "not reproduced" and (rows.drop("CAJ") == "not run").all()
     assert outcome(table) == "[not Re] contradicted: 1 of 8 rows"
-    assert outcome(table1(ten(record, paper, method="caj")[:9])).startswith("undecided")
+    assert outcome(table1(ten(record, paper, method="caj")[:9])).startswith("inconclusive")
     assert outcome(table1([])) == "not run"
 
 

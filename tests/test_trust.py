@@ -199,7 +199,7 @@ def test_a_run_goes_on_from_the_epoch_before_a_damaged_checkpoint(tiny, tmp_path
         assert torch.equal(value, again.method.state_dict()[name])
 
 
-def test_other_code_torch_or_threads_since_are_said(tiny, tmp_path, monkeypatch):
+def test_other_circumstances_since_are_said(tiny, tmp_path, monkeypatch):
     plan, data = stopped(tiny, tmp_path / "run", epochs=1)
     now = training.circumstances(torch.device("cpu"), compiled=False)
     others = {"code": "01234567", "torch": "9.9", "device": "cuda: H200", "compile": "True"}
