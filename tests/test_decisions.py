@@ -111,7 +111,7 @@ def texts(cell: dict) -> list[str]:
 
 def settled(page: str) -> str:
     """Without the random name that pandas gives to a styled table."""
-    return re.sub(r"\bT_[0-9a-f]{5}", "T_", page).strip()
+    return re.sub(r"\bT_([0-9a-f]{8}_\d+|[0-9a-f]{5})", "T_", page).strip()
 
 
 def committed(name: str) -> list[str]:
