@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAGE', 'CODES', 'COMMANDS', 'ARGUMENTS', 'ON_DEVICE', 'SAID', 'runs_folder', 'find_run', 'age', 'runs_table',
-           'run_rows', 'print_table', 'flat', 'differences', 'paired_scores', 'same_trials', 'verify', 'runs',
-           'compare', 'report', 'export', 'embed', 'check_target', 'say_duplicates', 'search', 'convert',
-           'published_lines', 'make_parser', 'main']
+           'run_rows', 'print_table', 'flat', 'differences', 'same_trials', 'trial_differences', 'paired_scores',
+           'verify', 'runs', 'compare', 'report', 'export', 'embed', 'check_target', 'say_duplicates', 'search',
+           'convert', 'published_lines', 'make_parser', 'main']
 
 # %% ../nbs/40_cli.ipynb #7891d159
 import argparse
@@ -144,38 +144,7 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> "pd.Data
     rows = [(name, one.get(name), two.get(name)) for name in names]
     return pd.DataFrame(rows, columns=["parameter", "first", "second"])
 
-
-def paired_scores(first: Mapping[str, Any], second: Mapping[str, Any]) -> "pd.DataFrame":
-    """Scores of two records in per cent, one row per setting and metric that both have.
-
-    Columns setting, metric, first, second, difference; trials, std of the difference over
-    them, low and high of its mean where trials can be paired, as `same_trials` says.
-    """
-    import numpy as np
-    import pandas as pd
-
-    from afen.tables import FEWEST, bootstrap_interval
-
-    rows = []
-    for setting in [s for s in first["scores"] if s in second["scores"]]:
-        one, two = (record["scores"][setting] for record in (first, second))
-        for metric in [m for m in ("rank1", "mAP", "mINP") if m in one["mean"]]:
-            a, b = 100 * one["mean"][metric], 100 * two["mean"][metric]
-            row = {"setting": setting, "metric": metric, "first": a, "second": b}
-            row["difference"] = b - a
-            if same_trials(first, second, setting):
-                each = [[100 * trial[metric] for trial in e["each"]] for e in (one, two)]
-                d = np.subtract(*reversed(each))
-                row |= {"trials": len(d), "std": d.std(ddof=1) if len(d) > 1 else None}
-                if len(d) >= FEWEST:
-                    row["low"], row["high"] = bootstrap_interval(d)
-            rows.append(row)
-    columns = ["setting", "metric", "first", "second", "difference", "trials", "std"]
-    columns += ["low", "high"]
-    table = pd.DataFrame(rows, columns=columns).astype({"trials": "Int64"})
-    return table.dropna(axis=1, how="all")
-
-
+# %% ../nbs/40_cli.ipynb #87fc4030
 def same_trials(first: Mapping[str, Any], second: Mapping[str, Any], setting: str) -> bool:
     """Whether two records' trials of a setting have the same queries and galleries."""
     sides = [
@@ -185,6 +154,44 @@ def same_trials(first: Mapping[str, Any], second: Mapping[str, Any], setting: st
         for record in (first, second)
     ]
     return sides[0] == sides[1]
+
+
+def trial_differences(one: Mapping[str, Any], two: Mapping[str, Any], metric: str) -> dict:
+    """Number, std and interval of the differences over two entries' trials, in points."""
+    import numpy as np
+
+    from afen.tables import FEWEST, bootstrap_interval
+
+    first, second = ([100 * trial[metric] for trial in entry["each"]] for entry in (one, two))
+    d = np.subtract(second, first)
+    found = {"trials": len(d), "std": d.std(ddof=1) if len(d) > 1 else None}
+    if len(d) >= FEWEST:
+        found["low"], found["high"] = bootstrap_interval(d)
+    return found
+
+# %% ../nbs/40_cli.ipynb #29dff0af
+def paired_scores(first: Mapping[str, Any], second: Mapping[str, Any]) -> "pd.DataFrame":
+    """Scores of two records in per cent, one row per setting and metric that both have.
+
+    Columns setting, metric, first, second, difference; trials, std of the difference over
+    them, low and high of its mean where trials can be paired, as `same_trials` says.
+    """
+    import pandas as pd
+
+    rows = []
+    for setting in [s for s in first["scores"] if s in second["scores"]]:
+        one, two = (record["scores"][setting] for record in (first, second))
+        for metric in [m for m in ("rank1", "mAP", "mINP") if m in one["mean"]]:
+            a, b = 100 * one["mean"][metric], 100 * two["mean"][metric]
+            row = {"setting": setting, "metric": metric, "first": a, "second": b}
+            row["difference"] = b - a
+            if same_trials(first, second, setting):
+                row |= trial_differences(one, two, metric)
+            rows.append(row)
+    columns = ["setting", "metric", "first", "second", "difference", "trials", "std"]
+    columns += ["low", "high"]
+    table = pd.DataFrame(rows, columns=columns).astype({"trials": "Int64"})
+    return table.dropna(axis=1, how="all")
 
 # %% ../nbs/40_cli.ipynb #76d062c4
 def verify(given: argparse.Namespace) -> int:

@@ -808,7 +808,7 @@ def run_points(
     mean = here.groupby(keys, sort=False).value.agg(lambda v: v.mean(skipna=False))
     return 100 * mean.unstack("label").reindex(columns=list(group.cells))
 
-
+# %% ../nbs/26_grid.ipynb #9d04c082
 def by_unit(
     values: pd.Series,  # of one data set, by split and seed; NaN is left out
     trunks: int | None = None,  # how many there are, if seeds name them; each seed if None
@@ -827,7 +827,7 @@ def trunk_count(
     methods = (group.cells[label].get("method", DEFAULTS["method"]) for label in labels)
     return min(len(trunk_files(method_class(name).trunk)) for name in methods)
 
-
+# %% ../nbs/26_grid.ipynb #820b4daa
 def group_verdicts(
     table: pd.DataFrame,  # from `results`, with a column `dataset`
     group: Group,

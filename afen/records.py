@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATUSES', 'RECORD_SCHEMA', 'PACKAGES', 'OVER', 'run_status', 'check_record', 'are_finite', 'fingerprint', 'run_id',
            'code_revision', 'package_versions', 'machine', 'rounded_rows', 'score_entry', 'new_record', 'write_record',
-           'read_record', 'records_folder', 'keep_record', 'load_records', 'scores_table', 'keep_notebook']
+           'read_record', 'records_folder', 'load_records', 'keep_record', 'scores_table', 'keep_notebook']
 
 # %% ../nbs/22_records.ipynb #d66568e6
 import json
@@ -297,6 +297,41 @@ def records_folder() -> Path:
     return project_root() / "data" / "records"
 
 
+def load_records(
+    folder: Path | str | None = None,  # data/records if None
+) -> list[dict[str, Any]]:
+    """All kept records, checked, in the order of their names.
+
+    Raises ValueError for one that is no record, or lies under another's name.
+    """
+    records = []
+    for path in sorted(Path(folder or records_folder()).glob("*.json")):
+        record = read_record(path)
+        if record["id"] != path.stem:
+            raise ValueError(f"File {path} holds the record {record['id']}: rename it.")
+        records.append(record)
+    return records
+
+# %% ../nbs/22_records.ipynb #129e977d
+def _not_the_same(kept: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """Why a record may not take the place of a finished one; "" if it may."""
+    if record == kept:
+        return ""
+    if record["status"] == "failed":
+        return "failed"
+    if kept["data"]["hash"] != record["data"]["hash"]:
+        return "is of other images or labels"
+    code = record["code"]
+    named = code["revision"] != "unknown" and not code["dirty"]  # else it may be any code
+    return "" if named and code == kept["code"] else f"is of {_code_words(record)}"
+
+
+def _code_words(record: Mapping[str, Any]) -> str:
+    """A record's code in words: revision 0123abc with changes."""
+    revision, dirty = (record["code"][name] for name in ("revision", "dirty"))
+    return f"revision {revision[:7]}" + " with changes" * dirty
+
+# %% ../nbs/22_records.ipynb #986e92d4
 def keep_record(
     run: Path | str,  # a run's folder, with its record.json
     folder: Path | str | None = None,  # where records are kept; data/records if None
@@ -318,41 +353,6 @@ def keep_record(
     with atomic_path(path) as draft:
         draft.write_bytes((Path(run) / "record.json").read_bytes())
     return path
-
-
-def _not_the_same(kept: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    """Why a record may not take the place of a finished one; "" if it may."""
-    if record == kept:
-        return ""
-    if record["status"] == "failed":
-        return "failed"
-    if kept["data"]["hash"] != record["data"]["hash"]:
-        return "is of other images or labels"
-    code = record["code"]
-    named = code["revision"] != "unknown" and not code["dirty"]  # else it may be any code
-    return "" if named and code == kept["code"] else f"is of {_code_words(record)}"
-
-
-def _code_words(record: Mapping[str, Any]) -> str:
-    """A record's code in words: revision 0123abc with changes."""
-    revision, dirty = (record["code"][name] for name in ("revision", "dirty"))
-    return f"revision {revision[:7]}" + " with changes" * dirty
-
-
-def load_records(
-    folder: Path | str | None = None,  # data/records if None
-) -> list[dict[str, Any]]:
-    """All kept records, checked, in the order of their names.
-
-    Raises ValueError for one that is no record, or lies under another's name.
-    """
-    records = []
-    for path in sorted(Path(folder or records_folder()).glob("*.json")):
-        record = read_record(path)
-        if record["id"] != path.stem:
-            raise ValueError(f"File {path} holds the record {record['id']}: rename it.")
-        records.append(record)
-    return records
 
 # %% ../nbs/22_records.ipynb #622c8c56
 def scores_table(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NONLOCAL', 'HEAD', 'RESNET', 'DUAL_ATTENTION', 'NAMES', 'UNUSED', 'NOT_RELEASED', 'nonlocal_names', 'their_name',
-           'stack_heads', 'translate', 'Release', 'recognise', 'read_release', 'release_plan', 'release_split',
-           'released_network', 'check_people', 'evaluate_release', 'release_record']
+           'stack_heads', 'translate', 'Release', 'recognise', 'read_release', 'release_method', 'release_dataset',
+           'release_split', 'release_plan', 'released_network', 'check_people', 'evaluate_release', 'release_record']
 
 # %% ../nbs/32_released.ipynb #1a173bf6
 import re
@@ -207,46 +207,31 @@ def read_release(path: Path | str) -> Release:
         int(split[1]) if split else None, int(seed[1]) if seed else 0,
     )  # fmt: skip
 
-# %% ../nbs/32_released.ipynb #6d8581ca
-def release_plan(
-    release: Release,
-    method: str | None = None,  # where the file does not tell
-    dataset: str | None = None,  # likewise
-    root: str | None = None,  # the data set's folder; data/<name> if None
-    split: int | None = None,  # RegDB: of which split, where the file does not tell
-    out: Path | str | None = None,  # the run's folder; runs/<id> if None
-    device: str = "auto",
-) -> Plan:
-    """The plan of testing a checkpoint.
-
-    Raises ValueError if method, data or, for RegDB, the split are not known.
-    """
-    if method:
-        nearest(method, release.methods, "method for this checkpoint")
-    elif len(release.methods) > 1:
+# %% ../nbs/32_released.ipynb #37efe0e9
+def release_method(release: Release, given: str | None) -> str:
+    """The method of a checkpoint. Raises ValueError if neither tells, or it cannot be."""
+    if given:
+        return nearest(given, release.methods, "method for this checkpoint")
+    if len(release.methods) > 1:
         raise ValueError(
             f"Checkpoint {release.path.name} may be of {' or '.join(release.methods)}: say "
             "which, as --method caj."
         )
-    dataset = dataset or release.dataset
+    return release.methods[0]
+
+
+def release_dataset(release: Release, given: str | None) -> str:
+    """The data set of a checkpoint. Raises ValueError if neither tells, or it is unknown."""
+    dataset = given or release.dataset
     if dataset is None:
         known = ", ".join(name for name in SOURCES if not name.startswith("pocket-"))
         raise ValueError(
             f"The name of {release.path.name} does not begin with a data set: say which it "
             f"was trained on, as --dataset regdb (known: {known})."
         )
-    dataset = nearest(fold_case(dataset, SOURCES), SOURCES, "dataset")
-    if SOURCES[dataset].layout == "regdb":
-        split = release_split(release, split)
-    which = {"dataset": dataset, "method": method or release.methods[0], "preset": "paper"}
-    how = {"root": root, "split": split or release.split or 1, "seed": release.seed}
-    plan = make_plan(DEFAULTS | which | how | {"weights": "none", "device": device})
-    weights = f"released:{digest(release.path)}"
-    plan = replace(plan, recipe=replace(plan.recipe, weights=weights))
-    folder = Path(out).expanduser() if out else plan.folder.parent / run_id(plan.parameters)
-    return replace(plan, folder=folder)
+    return nearest(fold_case(dataset, SOURCES), SOURCES, "dataset")
 
-
+# %% ../nbs/32_released.ipynb #5ce95f23
 def release_split(
     release: Release,
     split: int | None,  # what was given
@@ -268,7 +253,32 @@ def release_split(
         )
     return told.pop()
 
+# %% ../nbs/32_released.ipynb #eaee3b71
+def release_plan(
+    release: Release,
+    method: str | None = None,  # where the file does not tell
+    dataset: str | None = None,  # likewise
+    root: str | None = None,  # the data set's folder; data/<name> if None
+    split: int | None = None,  # RegDB: of which split, where the file does not tell
+    out: Path | str | None = None,  # the run's folder; runs/<id> if None
+    device: str = "auto",
+) -> Plan:
+    """The plan of testing a checkpoint.
 
+    Raises ValueError if method, data or, for RegDB, the split are not known.
+    """
+    which = {"method": release_method(release, method), "preset": "paper"}
+    which["dataset"] = release_dataset(release, dataset)
+    if SOURCES[which["dataset"]].layout == "regdb":
+        split = release_split(release, split)
+    how = {"root": root, "split": split or release.split or 1, "seed": release.seed}
+    plan = make_plan(DEFAULTS | which | how | {"weights": "none", "device": device})
+    weights = f"released:{digest(release.path)}"
+    plan = replace(plan, recipe=replace(plan.recipe, weights=weights))
+    folder = Path(out).expanduser() if out else plan.folder.parent / run_id(plan.parameters)
+    return replace(plan, folder=folder)
+
+# %% ../nbs/32_released.ipynb #1fe59d8e
 def released_network(release: Release, plan: Plan) -> Method:
     """Our network with the authors' weights. Raises what `translate` does."""
     recipe = replace(plan.recipe, weights="none")

@@ -146,7 +146,8 @@ NOTHING = dict.fromkeys(EMPTY, ())
 @pytest.mark.parametrize("measure", [
     claims.corruption_cost, claims.drift_ratio("all"), claims.least_share, claims.least_step,
     claims.kept_power, claims.higher("R", "F"), claims.gap_closed, claims.final_gap,
-    claims.confusion, claims.above_fifth("positive"), claims.above_wrt("anchor"), claims.transfer_map,
+    claims.confusion, claims.above_fifth("positive"), claims.above_wrt("anchor"),
+    claims.transfer_map,
     claims.map_change("FEM"),
 ])  # fmt: skip
 def test_a_measure_of_nothing_is_not_a_number(measure):

@@ -127,7 +127,7 @@ def test_what_is_no_mapping_is_told_how_to_write_one(word):
     assert typed("options", example) == {"fem_after": "layer3"}
 
 
-def test_text_may_be_given_as_papermill_has_it(tmp_path):
+def test_text_may_be_given_as_papermill_has_it():
     for option in ("-p", "-r"):
         with pytest.raises(SystemExit, match="Unknown method '2024'"):
             main(["-p", "epochs", "1", option, "method", "2024"])
