@@ -270,7 +270,7 @@ def _departures(run: Any, paths: Sequence[Path]) -> Iterator[float]:
             pixels = images.batch(rows).contiguous().numpy()
             yield check_export(path, pixels, features[rows])["difference"]
 
-
+# %% ../nbs/40_cli.ipynb #d2a0c55f
 def _open(folder: Path, device: str) -> Any:
     """The run in a folder."""
     from afen.trained import open_run

@@ -197,6 +197,8 @@ READINGS = Group(
         "squares": switch_change("mecs", kernels="squares"),
     },
 )  # fmt: skip
+
+# %% ../nbs/26_grid.ipynb #6d207c83
 PLAIN = "without channel enhancement"
 RECIPE = Group(
     "ablation", "recipe", "What does the recipe bring?", "as it stands",
@@ -707,7 +709,7 @@ def may_pass(
     a_file = isinstance(known, type) and issubclass(known, OSError)
     return a_file or kind in ("", "KeyboardInterrupt") or kind.endswith("MemoryError")
 
-
+# %% ../nbs/26_grid.ipynb #7ec407e6
 def keep(
     name: str,  # of the run
     runs: Path | str = "runs",  # where its folder and its notebook are

@@ -81,6 +81,8 @@ _SCORE = {
         "n_gallery": {"type": "integer", "minimum": 1},
     },
 }
+
+# %% ../nbs/22_records.ipynb #0000ed70
 RECORD_SCHEMA = {
     "type": "object",
     "required": [
@@ -137,7 +139,7 @@ def check_record(record: Mapping[str, Any]) -> None:
             "run it again instead of editing it."
         )
 
-
+# %% ../nbs/22_records.ipynb #da51232d
 def are_finite(value: Any) -> bool:
     """Whether no number anywhere in a JSON value is NaN or infinite."""
     if isinstance(value, Mapping):

@@ -303,7 +303,7 @@ def check_people(release: Release, data: Data) -> None:
             "split that it was trained on."
         )
 
-
+# %% ../nbs/32_released.ipynb #9004eaf6
 def evaluate_release(
     release: Release,
     plan: Plan,  # of `release_plan`
@@ -326,7 +326,7 @@ def evaluate_release(
     save_weights(network, plan.folder, record["id"])
     return scores
 
-
+# %% ../nbs/32_released.ipynb #619ce8fb
 def release_record(
     release: Release, plan: Plan, data: Data, scores: Mapping[str, list[Scores]],
     device: torch.device,
